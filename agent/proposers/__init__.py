@@ -1,0 +1,1 @@
+"""Proposers: whoever answers a prompt with one change to the configuration."""

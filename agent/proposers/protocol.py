@@ -1,0 +1,111 @@
+"""What a proposer is: it is shown a prompt and the legal changes, and answers with text that the rails judge.
+
+Everyone answers in the same form, one JSON object with `knob`, `new_value` and `reason`, random draws and optimizers
+too, so that one gate judges them all and their turns teach a student alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from overnight.rails.menu import Change, Menu
+from overnight.store.hashing import JsonValue
+from overnight.store.records import Config, Direction, FailureClass, KnobValue
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One decided attempt, as a proposer may learn from it."""
+
+    attempt_id: int
+    config: Config
+    metric: float | None
+    """Mean over the attempt's trials, in the metric's own unit; None for a failure."""
+    failure: FailureClass | None
+
+
+class History(Protocol):
+    """The campaign's measured past, read from the store as far as a proposer asks for it."""
+
+    def since(self, attempt_id: int) -> Iterator[Observation]:
+        """Yield the attempts decided after `attempt_id` (0: all), oldest first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A reply of this same turn that the rails blocked."""
+
+    reply: str
+    rail: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One question to a proposer."""
+
+    iteration: int
+    prompt: str
+    """The stored prompt, byte for byte."""
+    menu: Menu
+    direction: Direction
+    baseline: Config
+    baseline_metric: float | None
+    moves: tuple[Change, ...]
+    """The legal one-knob changes that the rails would let through now, in the menu's order; never empty."""
+    rejections: tuple[Rejection, ...] = ()
+    history: History
+    seed: int
+    """Derived from (campaign seed, iteration, try, purpose): every draw comes from a generator seeded by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back, before any rail has seen it."""
+
+    reply: str
+    latency_s: float
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
+    """How it was asked: temperature, seed, max_tokens, structured-output mode, sampler."""
+    usage: Mapping[str, int] = field(default_factory=dict)
+    """Tokens in and out, where the endpoint tells."""
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    """Propensities: the probability of each change, keyed by `change_key`, where the proposer knows them."""
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Answers a prompt with one change."""
+
+    name: str
+    """The key of the campaign file's `[proposers.<name>]` table."""
+
+    def propose(self, ask: Ask) -> Answer:
+        """Answer within the proposer's own deadline.
+
+        Raises:
+            ProposerError: no answer; its `failure` says `llm_timeout` or `llm_error`.
+        """
+        ...
+
+    def describe(self) -> Mapping[str, JsonValue]:
+        """What identifies this proposer in the store (kind, model, settings); never a key or a password."""
+        ...
+
+    def close(self) -> None:
+        """Release connections and memory."""
+        ...
+
+
+def change_key(change: Change) -> str:
+    """Return the text that names a change in stored propensities: `knob=value`, the value as JSON."""
+    return f"{change.knob}={json.dumps(change.value)}"
+
+
+def reply_text(knob: str, value: KnobValue, reason: str) -> str:
+    """Return the JSON reply for one change, in the key order that every proposer and corpus uses."""
+    return json.dumps({"knob": knob, "new_value": value, "reason": reason}, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Unattended campaigns of short training experiments that get better at choosing themselves."""

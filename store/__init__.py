@@ -1,0 +1,1 @@
+"""The vocabulary of a campaign and its memory: records, errors, hashing, prompts, and the SQL store."""
