@@ -1,0 +1,96 @@
+"""One writer a campaign: a lease with an epoch, checked inside every writing transaction.
+
+A holder on this machine is alive while its process is; one on another machine while it was seen in the last two
+minutes. Taking a lease raises the epoch, so that a stale writer's next transaction fails instead of doubling a result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import UTC, datetime, timedelta
+
+import psutil
+from sqlalchemy import Connection, select, update
+
+from overnight.store.errors import LeaseHeldError, LeaseLostError
+from overnight.store.protocol import Lease
+from overnight.store.tables import CampaignRow, utc_now
+
+REMOTE_SILENCE = timedelta(minutes=2)
+"""A holder on another machine that was not seen for so long is taken for dead."""
+
+
+def this_process() -> str:
+    """Return what identifies this process: host, process id, and the time it started (ids are reused)."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def acquire(connection: Connection, campaign_id: int) -> Lease:
+    """Take the lease inside a writing transaction.
+
+    Raises:
+        LeaseHeldError: its holder is alive; the message says who it is, and since when.
+    """
+    columns = (
+        CampaignRow.name,
+        CampaignRow.lease_epoch,
+        CampaignRow.lease_owner,
+        CampaignRow.lease_since,
+        CampaignRow.lease_seen_at,
+    )
+    row = connection.execute(select(*columns).where(CampaignRow.id == campaign_id)).one()
+    if row.lease_owner and is_alive(row.lease_owner, row.lease_seen_at):
+        host, pid, _ = row.lease_owner.rsplit(":", 2)
+        raise LeaseHeldError(
+            f"campaign `{row.name}` is being run by process {pid} on {host} since {row.lease_since}; "
+            f"`overnight pause {row.name}` stops it after its current trial"
+        )
+    owner, now = this_process(), utc_now()
+    values = {"lease_epoch": row.lease_epoch + 1, "lease_owner": owner, "lease_since": now, "lease_seen_at": now}
+    connection.execute(update(CampaignRow).where(CampaignRow.id == campaign_id).values(values))
+    return Lease(campaign_id, row.lease_epoch + 1, owner)
+
+
+def check(connection: Connection, lease: Lease) -> None:
+    """Raise unless the lease is still the campaign's.
+
+    Raises:
+        LeaseLostError: another process took it.
+    """
+    columns = CampaignRow.name, CampaignRow.lease_epoch, CampaignRow.lease_owner
+    row = connection.execute(select(*columns).where(CampaignRow.id == lease.campaign_id)).one()
+    if row.lease_epoch != lease.epoch or row.lease_owner != lease.owner:
+        holder = row.lease_owner or "nobody"
+        raise LeaseLostError(f"campaign `{row.name}` was taken over by {holder}; nothing more is written from here")
+
+
+def renew(connection: Connection, lease: Lease) -> None:
+    """Record that the holder is alive.
+
+    Raises:
+        LeaseLostError: another process took the lease.
+    """
+    check(connection, lease)
+    connection.execute(update(CampaignRow).where(CampaignRow.id == lease.campaign_id).values(lease_seen_at=utc_now()))
+
+
+def release(connection: Connection, lease: Lease) -> None:
+    """Give the lease back, if it is still held."""
+    connection.execute(
+        update(CampaignRow)
+        .where(CampaignRow.id == lease.campaign_id, CampaignRow.lease_epoch == lease.epoch)
+        .values(lease_owner=None, lease_since=None, lease_seen_at=None)
+    )
+
+
+def is_alive(owner: str, seen_at: str | None) -> bool:
+    """Say whether the process behind a lease still runs, as far as this machine can tell."""
+    host, pid, started = owner.rsplit(":", 2)
+    if host != socket.gethostname():
+        return seen_at is not None and datetime.now(UTC) - datetime.fromisoformat(seen_at) < REMOTE_SILENCE
+    try:
+        process = psutil.Process(int(pid))
+        return abs(process.create_time() - float(started)) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,366 @@
+"""`SqlStore`: the trajectory store on SQLite or PostgreSQL.
+
+Reads are short queries on their own connection; writes go through `writing(lease)`. Nothing here loads history to
+compute what SQL can compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from overnight.store import lease as leases
+from overnight.store.database import WRITE, open_engine
+from overnight.store.errors import StoreError
+from overnight.store.hashing import JsonValue, canonical_json
+from overnight.store.protocol import (
+    Attempt,
+    CampaignState,
+    Lease,
+    Measured,
+    PairTotal,
+    Spent,
+    SumOfSquares,
+    Trial,
+)
+from overnight.store.records import KnobValue, Split
+from overnight.store.tables import (
+    AttemptRow,
+    CampaignRow,
+    ConfigRow,
+    EventRow,
+    PairTotalRow,
+    PromptRow,
+    ProposerRow,
+    TrialRow,
+    utc_now,
+)
+from overnight.store.writer import SqlWriter
+
+_STATE = [getattr(CampaignRow, name) for name in CampaignState.__slots__]
+_ATTEMPT = [
+    ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name)
+    for name in Attempt.__slots__
+]
+_TRIAL = [getattr(TrialRow, name) for name in Trial.__slots__]
+_PAIR = [getattr(PairTotalRow, name) for name in PairTotal.__slots__]
+RECENT_MOVES_CHUNK = 500
+"""Configurations asked for in one query: below every engine's limit of bound parameters."""
+
+
+class SqlStore:
+    """Implements `TrajectoryStore`."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Use an engine that `open_engine` checked."""
+        self._engine = engine
+        self._writes = engine.execution_options(**WRITE)
+
+    @classmethod
+    def open(cls, where: str | Path, *, create: bool = False) -> Self:
+        """Open the database at a path or URL; see `overnight.store.database.open_engine` for what it raises."""
+        return cls(open_engine(where, create=create))
+
+    @property
+    def engine(self) -> Engine:
+        """The SQLAlchemy engine, for readers that write their own queries."""
+        return self._engine
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._writes.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            raise StoreError(f"the database cannot be written: {error.orig}; what was committed is there") from error
+
+    @contextmanager
+    def writing(self, lease: Lease) -> Iterator[SqlWriter]:
+        """One transaction under the lease."""
+        with self._transaction() as connection:
+            leases.check(connection, lease)
+            yield SqlWriter(connection, lease.campaign_id)
+
+    def acquire(self, campaign_id: int) -> Lease:
+        """Become the campaign's one writer."""
+        with self._transaction() as connection:
+            return leases.acquire(connection, campaign_id)
+
+    def renew(self, lease: Lease) -> None:
+        """Show that the writer is alive."""
+        with self._transaction() as connection:
+            leases.renew(connection, lease)
+
+    def release(self, lease: Lease) -> None:
+        """Stop being the writer."""
+        with self._transaction() as connection:
+            leases.release(connection, lease)
+
+    def open_campaign(
+        self, *, name: str, path: str, spec: Mapping[str, JsonValue], frozen_hash: str, knobs_on_menu: int
+    ) -> CampaignState:
+        """Return the campaign `name`, made if it is new, with the file's present content recorded."""
+        body = canonical_json(spec)
+        with self._transaction() as connection:
+            row = connection.execute(select(CampaignRow.id, CampaignRow.spec).where(CampaignRow.name == name)).first()
+            if row is None:
+                connection.execute(
+                    insert(CampaignRow).values(
+                        name=name,
+                        path=path,
+                        spec=body,
+                        frozen_hash=frozen_hash,
+                        knobs_on_menu=knobs_on_menu,
+                        status="new",
+                        created_at=utc_now(),
+                        **_columns_of(spec),
+                    )
+                )
+            elif row.spec != body:
+                connection.execute(update(CampaignRow).where(CampaignRow.id == row.id).values(spec=body, path=path))
+                before = json.loads(row.spec)
+                changed = sorted(key for key in {*before, *spec} if before.get(key) != spec.get(key))
+                SqlWriter(connection, row.id).event("file_changed", {"changed": changed})
+        state = self.campaign(name)
+        assert state is not None
+        return state
+
+    def campaign(self, name: str) -> CampaignState | None:
+        """Return a campaign by name."""
+        row = self._first(select(*_STATE).where(CampaignRow.name == name))
+        return None if row is None else CampaignState(**{**row, "spec": json.loads(row["spec"])})
+
+    def campaigns(self) -> Sequence[str]:
+        """Return the names of all campaigns, oldest first."""
+        with self._reading() as connection:
+            return list(connection.execute(select(CampaignRow.name).order_by(CampaignRow.id)).scalars())
+
+    def last_attempt(self, campaign_id: int) -> Attempt | None:
+        """Return the newest try of the newest turn."""
+        rows = self._attempts(campaign_id, limit=1)
+        return rows[0] if rows else None
+
+    def attempts_of_turn(self, campaign_id: int, iteration: int) -> Sequence[Attempt]:
+        """Return a turn's tries, first to last."""
+        return self._attempts(campaign_id, AttemptRow.iteration == iteration)[::-1]
+
+    def recent(self, campaign_id: int, count: int) -> Sequence[Attempt]:
+        """Return the last tries of the last decided turns, newest first."""
+        newest: dict[int, Attempt] = {}
+        tries = self._attempts(campaign_id, AttemptRow.stage == "decided", limit=count * 4)
+        for attempt in tries:
+            newest.setdefault(attempt.iteration, attempt)
+        return list(newest.values())[:count]
+
+    def _attempts(self, campaign_id: int, *where: Any, limit: int | None = None) -> list[Attempt]:
+        query = (
+            select(*_ATTEMPT)
+            .join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
+            .where(AttemptRow.campaign_id == campaign_id, *where)
+            .order_by(AttemptRow.iteration.desc(), AttemptRow.try_no.desc())
+            .limit(limit)
+        )
+        return [Attempt(**row) for row in self._all(query)]
+
+    def config_of(self, config_id: str) -> dict[str, KnobValue]:
+        """Return a stored configuration."""
+        with self._reading() as connection:
+            body = connection.execute(select(ConfigRow.body).where(ConfigRow.id == config_id)).scalar_one()
+        config: dict[str, KnobValue] = json.loads(body)
+        return config
+
+    def prompt_of(self, prompt_id: str) -> str:
+        """Return a stored prompt, byte for byte."""
+        with self._reading() as connection:
+            return connection.execute(select(PromptRow.body).where(PromptRow.id == prompt_id)).scalar_one()
+
+    def earlier(self, campaign_id: int, config_ids: Iterable[str]) -> Mapping[str, Attempt]:
+        """Return, for each configuration that the decision rule is done with, the attempt that did it."""
+        ids = list(config_ids)
+        done = AttemptRow.outcome.in_(["kept", "reverted"]) | (
+            (AttemptRow.outcome == "failed") & (AttemptRow.failure != "harness")
+        )
+        found: dict[str, Attempt] = {}
+        for start in range(0, len(ids), RECENT_MOVES_CHUNK):
+            chunk = ids[start : start + RECENT_MOVES_CHUNK]
+            for attempt in self._attempts(campaign_id, AttemptRow.config_id.in_(chunk), done):
+                assert attempt.config_id is not None
+                found[attempt.config_id] = attempt
+        return found
+
+    def trials_of(
+        self, campaign_id: int, config_id: str, *, trainer_hash: str, environment_hash: str, split: Split = "val"
+    ) -> Sequence[Trial]:
+        """Return a configuration's trials in one environment, oldest first."""
+        query = select(*_TRIAL).where(
+            TrialRow.campaign_id == campaign_id,
+            TrialRow.config_id == config_id,
+            TrialRow.trainer_hash == trainer_hash,
+            TrialRow.environment_hash == environment_hash,
+            TrialRow.split == split,
+        )
+        return [Trial(**row) for row in self._all(query.order_by(TrialRow.id))]
+
+    def trials_of_attempt(self, attempt_id: int) -> Sequence[Trial]:
+        """Return the trials that an attempt paid for, oldest first."""
+        query = select(*_TRIAL).where(TrialRow.attempt_id == attempt_id).order_by(TrialRow.id)
+        return [Trial(**row) for row in self._all(query)]
+
+    def pair_totals(self, campaign_id: int) -> Sequence[PairTotal]:
+        """Return the running totals of every (knob, value) tried."""
+        query = select(*_PAIR).where(PairTotalRow.campaign_id == campaign_id)
+        return [PairTotal(**row) for row in self._all(query)]
+
+    def measured_since(self, campaign_id: int, attempt_id: int) -> Iterator[Measured]:
+        """Yield decided attempts with a candidate after `attempt_id`, oldest first."""
+        query = (
+            select(AttemptRow.id, ConfigRow.body, AttemptRow.metric, AttemptRow.failure)
+            .join(ConfigRow, ConfigRow.id == AttemptRow.config_id)
+            .where(
+                AttemptRow.campaign_id == campaign_id,
+                AttemptRow.id > attempt_id,
+                AttemptRow.outcome.in_(["kept", "reverted", "failed"]),
+            )
+            .order_by(AttemptRow.id)
+        )
+        with self._reading() as connection:
+            for row in connection.execute(query):
+                yield Measured(attempt_id=row.id, config=json.loads(row.body), metric=row.metric, failure=row.failure)
+
+    def seed_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
+        """Return the trial noise over seeds from calibration runs in one environment."""
+        query = (
+            select(TrialRow.metric, TrialRow.config_id)
+            .where(
+                TrialRow.campaign_id == campaign_id,
+                TrialRow.purpose == "calibration",
+                TrialRow.replicate == 0,
+                TrialRow.trainer_hash == trainer_hash,
+                TrialRow.environment_hash == environment_hash,
+                TrialRow.metric.is_not(None),
+            )
+            .subquery()
+        )
+        return self._spread(query.c.metric, query.c.config_id)
+
+    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
+        """Return the noise of paired differences from audit replicates in one environment.
+
+        An audited attempt gives two differences, screening and audit seed, whatever the first said; later
+        confirmations are left out, since they were selected.
+        """
+        base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
+        query = (
+            select((base.c.metric - candidate.c.metric).label("difference"), candidate.c.attempt_id.label("attempt_id"))
+            .join(AttemptRow, AttemptRow.id == candidate.c.attempt_id)
+            .join(
+                base,
+                (base.c.campaign_id == candidate.c.campaign_id)
+                & (base.c.config_id == AttemptRow.baseline_config_id)
+                & (base.c.trainer_hash == candidate.c.trainer_hash)
+                & (base.c.environment_hash == candidate.c.environment_hash)
+                & (base.c.split == candidate.c.split)
+                & (base.c.seed == candidate.c.seed)
+                & (base.c.replicate == 0),
+            )
+            .where(
+                candidate.c.campaign_id == campaign_id,
+                AttemptRow.campaign_id == campaign_id,
+                AttemptRow.audit,
+                candidate.c.purpose.in_(["screening", "audit"]),
+                candidate.c.config_id == AttemptRow.config_id,
+                candidate.c.trainer_hash == trainer_hash,
+                candidate.c.environment_hash == environment_hash,
+                candidate.c.metric.is_not(None),
+                base.c.metric.is_not(None),
+            )
+            .subquery()
+        )
+        return self._spread(query.c.difference, query.c.attempt_id)
+
+    def _spread(self, value: Any, group: Any) -> SumOfSquares:
+        """Pool sums of squares within groups in SQL, around each group's own mean."""
+        sums = select(
+            func.count(value).label("n"), (func.sum(value * value) - func.sum(value) * func.avg(value)).label("ss")
+        ).group_by(group)
+        groups = sums.subquery()
+        query = select(func.sum(groups.c.ss).label("ss"), func.sum(groups.c.n - 1).label("df"))
+        row = self._all(query)[0]
+        return SumOfSquares(max(float(row["ss"] or 0.0), 0.0), int(row["df"] or 0))
+
+    def spent(self, campaign_id: int) -> Spent:
+        """Return what the campaign has used of its budget."""
+        last = self.last_attempt(campaign_id)
+        turns = 0 if last is None else last.iteration
+        query = select(CampaignRow.trial_s, CampaignRow.trial_wh).where(CampaignRow.id == campaign_id)
+        kept = select(func.max(AttemptRow.iteration).label("kept")).where(
+            AttemptRow.campaign_id == campaign_id, AttemptRow.outcome == "kept"
+        )
+        cost, last_keep = self._all(query)[0], self._all(kept)[0]["kept"] or 0
+        return Spent(
+            iterations=turns,
+            since_keep=turns - last_keep,
+            trial_hours=cost["trial_s"] / 3600,
+            energy_kwh=cost["trial_wh"] / 1000,
+        )
+
+    def pending_requests(self, campaign_id: int) -> Sequence[tuple[int, Mapping[str, JsonValue]]]:
+        """Return people's queued proposals that no attempt has answered, oldest first: (event id, payload)."""
+        answered = select(AttemptRow.id).where(AttemptRow.request_event_id == EventRow.id).exists()
+        query = (
+            select(EventRow.id, EventRow.payload)
+            .where(EventRow.campaign_id == campaign_id, EventRow.kind == "enqueued", ~answered)
+            .order_by(EventRow.id)
+        )
+        return [(row["id"], json.loads(row["payload"])) for row in self._all(query)]
+
+    def pause_requested(self, campaign_id: int) -> bool:
+        """Say whether somebody asked to pause since the run started."""
+        kinds = ["pause_requested", "run_started"]
+        query = select(EventRow.kind).where(EventRow.campaign_id == campaign_id, EventRow.kind.in_(kinds))
+        row = self._first(query.order_by(EventRow.id.desc()).limit(1))
+        return row is not None and row["kind"] == "pause_requested"
+
+    def request(self, campaign_id: int, kind: str, payload: Mapping[str, JsonValue]) -> int:
+        """Record what a person asks of a running campaign; needs no lease. Returns the event's id."""
+        with self._transaction() as connection:
+            SqlWriter(connection, campaign_id).event(kind, payload)
+            return connection.execute(
+                select(func.max(EventRow.id)).where(EventRow.campaign_id == campaign_id)
+            ).scalar_one()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except DBAPIError as error:
+            raise StoreError(f"the database cannot be read: {error.orig}") from error
+
+    def _all(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
+        with self._reading() as connection:
+            return [dict(row._mapping) for row in connection.execute(query)]
+
+    def _first(self, query: Select[*tuple[Any, ...]]) -> dict[str, Any] | None:
+        with self._reading() as connection:
+            row: Row[Any] | None = connection.execute(query).first()
+            return None if row is None else dict(row._mapping)
+
+
+def _columns_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a campaign's specification that have a column of their own."""
+    return {
+        "seed": spec["campaign"]["seed"],
+        "metric_name": spec["metric"]["name"],
+        "direction": spec["metric"]["direction"],
+    }

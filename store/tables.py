@@ -1,0 +1,313 @@
+"""The typed tables of the trajectory store.
+
+Configurations and prompts are content-addressed. Times are UTC in ISO 8601 text, values of unknown shape are JSON
+text, and a failure has NULL where a number would be. Schema changes go through `store/migrations`; a test holds the
+two together.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from sqlalchemy import BigInteger, Float, ForeignKey, Index, Integer, MetaData, Text, UniqueConstraint, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# SQLite gives rowids to INTEGER keys only; PostgreSQL needs 64 bits for long-lived stores.
+Key = Annotated[int, mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)]
+CampaignKey = Annotated[int, mapped_column(ForeignKey("campaigns.id"))]
+Sha = Annotated[str, mapped_column(Text)]
+Json = Annotated[str, mapped_column(Text)]
+Utc = Annotated[str, mapped_column(Text)]
+Double = Annotated[float, mapped_column(Float(53))]
+
+
+def utc_now() -> str:
+    """Return the time in UTC as ISO 8601 text with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Table(DeclarativeBase):
+    """Base of every table; constraints are named so that migrations can drop them on any engine."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class CampaignRow(Table):
+    """A campaign: its specification, where it stands, and who may write it."""
+
+    __tablename__ = "campaigns"
+    id: Mapped[Key]
+    name: Mapped[str] = mapped_column(Text, unique=True)
+    path: Mapped[str | None] = mapped_column(Text)
+    spec: Mapped[Json]
+    """The campaign file as last used."""
+    frozen_hash: Mapped[Sha]
+    """Hash of the keys that may not change between runs."""
+    seed: Mapped[int]
+    metric_name: Mapped[str] = mapped_column(Text)
+    direction: Mapped[str] = mapped_column(Text)
+    knobs_on_menu: Mapped[int | None]
+    status: Mapped[str] = mapped_column(Text)
+    """`new`, `running`, `paused` or `finished`."""
+    stop_reason: Mapped[str | None] = mapped_column(Text)
+    baseline_config_id: Mapped[str | None] = mapped_column(ForeignKey("configs.id"))
+    """What candidates are measured against now."""
+    best_attempt_id: Mapped[int | None] = mapped_column(BigInteger)
+    refinement: Mapped[int] = mapped_column(server_default=text("0"))
+    """How often the grids of float knobs were refined."""
+    trainer: Mapped[str | None] = mapped_column(Text)
+    trainer_kind: Mapped[str | None] = mapped_column(Text)
+    """`exact`, `noisy` or `unseeded`, found at calibration."""
+    trainer_hash: Mapped[str | None] = mapped_column(Text)
+    environment_hash: Mapped[str | None] = mapped_column(Text)
+    environment: Mapped[str | None] = mapped_column(Text)
+    noise_sd: Mapped[Double | None]
+    """Standard deviation of one trial over seeds, pooled, in the metric's unit."""
+    created_at: Mapped[Utc]
+    started_at: Mapped[str | None] = mapped_column(Text)
+    trial_s: Mapped[Double] = mapped_column(server_default=text("0"))
+    """Seconds spent in trials so far."""
+    trial_wh: Mapped[Double] = mapped_column(server_default=text("0"))
+    """Energy of trials so far, in watt-hours, where it was measured."""
+    finished_at: Mapped[str | None] = mapped_column(Text)
+    lease_epoch: Mapped[int] = mapped_column(server_default=text("0"))
+    lease_owner: Mapped[str | None] = mapped_column(Text)
+    lease_since: Mapped[str | None] = mapped_column(Text)
+    lease_seen_at: Mapped[str | None] = mapped_column(Text)
+
+
+class ConfigRow(Table):
+    """A complete configuration, once, whoever proposed it."""
+
+    __tablename__ = "configs"
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    body: Mapped[Json]
+
+
+class PromptRow(Table):
+    """A prompt, byte for byte."""
+
+    __tablename__ = "prompts"
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    body: Mapped[str] = mapped_column(Text)
+
+
+class ProposerRow(Table):
+    """A proposer as it was configured; a changed setting is another row."""
+
+    __tablename__ = "proposers"
+    __table_args__ = (UniqueConstraint("campaign_id", "name", "digest"),)
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    name: Mapped[str] = mapped_column(Text)
+    kind: Mapped[str] = mapped_column(Text)
+    description: Mapped[Json]
+    digest: Mapped[Sha]
+    created_at: Mapped[Utc]
+
+
+class AttemptRow(Table):
+    """One try of one turn: what was asked, answered, blocked or measured, and decided."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        UniqueConstraint("campaign_id", "iteration", "try"),
+        Index("ix_attempts_campaign_id_config_id", "campaign_id", "config_id"),
+        Index("ix_attempts_campaign_id_knob_new_value", "campaign_id", "knob", "new_value"),
+        Index("ix_attempts_campaign_id_outcome_iteration", "campaign_id", "outcome", "iteration"),
+        Index("ix_attempts_request_event_id", "request_event_id"),
+    )
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    iteration: Mapped[int]
+    try_no: Mapped[int] = mapped_column("try")
+    stage: Mapped[str] = mapped_column(Text)
+    role: Mapped[str] = mapped_column(Text)
+    """Why this proposer had the turn: `champion`, `warmup`, `explore`, `request`, `fallback`, `duel`, `imported`."""
+    proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    audit: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Drawn beforehand: the candidate gets a second paired seed whatever the first says."""
+    request_event_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The `enqueued` event that this attempt answers."""
+    prompt_id: Mapped[str | None] = mapped_column(ForeignKey("prompts.id"))
+    prompt_kind: Mapped[str] = mapped_column(Text, server_default=text("'rendered'"))
+    """`rendered` for a proposer that saw it, `reconstructed` for an imported attempt."""
+    reply: Mapped[str | None] = mapped_column(Text)
+    settings: Mapped[str | None] = mapped_column(Text)
+    usage: Mapped[str | None] = mapped_column(Text)
+    probabilities: Mapped[str | None] = mapped_column(Text)
+    knob: Mapped[str | None] = mapped_column(Text)
+    new_value: Mapped[str | None] = mapped_column(Text)
+    new_value_num: Mapped[Double | None]
+    reason: Mapped[str | None] = mapped_column(Text)
+    baseline_config_id: Mapped[str | None] = mapped_column(ForeignKey("configs.id"))
+    config_id: Mapped[str | None] = mapped_column(ForeignKey("configs.id"))
+    diff: Mapped[str | None] = mapped_column(Text)
+    rail: Mapped[str | None] = mapped_column(Text)
+    rail_reason: Mapped[str | None] = mapped_column(Text)
+    outcome: Mapped[str | None] = mapped_column(Text)
+    failure: Mapped[str | None] = mapped_column(Text)
+    trace: Mapped[str | None] = mapped_column(Text)
+    notes: Mapped[str | None] = mapped_column(Text)
+    metric: Mapped[Double | None]
+    """Mean over the attempt's trials."""
+    metric_se: Mapped[Double | None]
+    baseline_metric: Mapped[Double | None]
+    """Mean of the baseline over the same seeds."""
+    gain: Mapped[Double | None]
+    gain_se: Mapped[Double | None]
+    gain_lower: Mapped[Double | None]
+    """One-sided lower bound at the campaign's alpha."""
+    trials: Mapped[int] = mapped_column(server_default=text("0"))
+    decision: Mapped[str | None] = mapped_column(Text)
+    """The rule's explanation, in words."""
+    is_best: Mapped[bool | None]
+    proposal_latency_s: Mapped[Double | None]
+    wall_s: Mapped[Double | None]
+    energy_wh: Mapped[Double | None]
+    started_at: Mapped[Utc]
+    decided_at: Mapped[str | None] = mapped_column(Text)
+
+
+class PairTotalRow(Table):
+    """Running totals of one (knob, value): what prompts show of ALL history without reading it again."""
+
+    __tablename__ = "pair_totals"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
+    knob: Mapped[str] = mapped_column(Text, primary_key=True)
+    new_value: Mapped[str] = mapped_column(Text, primary_key=True)
+    proposed: Mapped[int]
+    kept: Mapped[int]
+    reverted: Mapped[int]
+    blocked: Mapped[int]
+    failed: Mapped[int]
+    trials: Mapped[int]
+    gain_sum: Mapped[Double]
+    """Sum of measured gains, each weighted by its trials."""
+    last_failure: Mapped[str | None] = mapped_column(Text)
+
+
+class TrialRow(Table):
+    """One run of (configuration, seed) on one split in one environment. Imported trials have no seed."""
+
+    __tablename__ = "trials"
+    __table_args__ = (
+        UniqueConstraint("campaign_id", "config_id", "trainer_hash", "environment_hash", "split", "seed", "replicate"),
+        Index("ix_trials_attempt_id", "attempt_id"),
+        Index("ix_trials_campaign_id_purpose", "campaign_id", "purpose"),
+    )
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    attempt_id: Mapped[int | None] = mapped_column(ForeignKey("attempts.id"))
+    """The attempt that paid for it; NULL for calibration and the locked holdout."""
+    purpose: Mapped[str] = mapped_column(Text)
+    config_id: Mapped[str] = mapped_column(ForeignKey("configs.id"))
+    trainer_hash: Mapped[str] = mapped_column(Text)
+    environment_hash: Mapped[str] = mapped_column(Text)
+    split: Mapped[str] = mapped_column(Text)
+    seed: Mapped[int | None] = mapped_column(BigInteger)
+    replicate: Mapped[int]
+    mode: Mapped[str | None] = mapped_column(Text)
+    metric: Mapped[Double | None]
+    failure: Mapped[str | None] = mapped_column(Text)
+    trace: Mapped[str | None] = mapped_column(Text)
+    notes: Mapped[str | None] = mapped_column(Text)
+    metrics: Mapped[str | None] = mapped_column(Text)
+    steps: Mapped[int | None]
+    wall_s: Mapped[Double | None]
+    train_s: Mapped[Double | None]
+    val_s: Mapped[Double | None]
+    peak_memory_gib: Mapped[Double | None]
+    energy_wh: Mapped[Double | None]
+    energy_source: Mapped[str | None] = mapped_column(Text)
+    ended_at: Mapped[Utc]
+
+
+class DistillationRow(Table):
+    """One training of a student on the campaign's history."""
+
+    __tablename__ = "distillations"
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    iteration: Mapped[int]
+    objective: Mapped[str] = mapped_column(Text)
+    corpus_hash: Mapped[str | None] = mapped_column(Text)
+    cut_attempt_id: Mapped[int | None] = mapped_column(BigInteger)
+    rows: Mapped[int | None]
+    adapter: Mapped[str | None] = mapped_column(Text)
+    metrics: Mapped[str | None] = mapped_column(Text)
+    failure: Mapped[str | None] = mapped_column(Text)
+    wall_s: Mapped[Double | None]
+    started_at: Mapped[Utc]
+    ended_at: Mapped[str | None] = mapped_column(Text)
+
+
+class RaceRow(Table):
+    """One look back over held-out turns by several proposers."""
+
+    __tablename__ = "races"
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    distillation_id: Mapped[int | None] = mapped_column(ForeignKey("distillations.id"))
+    iteration: Mapped[int]
+    verdict: Mapped[str | None] = mapped_column(Text)
+    started_at: Mapped[Utc]
+    ended_at: Mapped[str | None] = mapped_column(Text)
+
+
+class RaceItemRow(Table):
+    """One proposer's answer to one held-out turn."""
+
+    __tablename__ = "race_items"
+    __table_args__ = (UniqueConstraint("race_id", "attempt_id", "proposer_id", "draw"),)
+    id: Mapped[Key]
+    race_id: Mapped[int] = mapped_column(ForeignKey("races.id"))
+    attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"))
+    proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    draw: Mapped[int]
+    reply: Mapped[str | None] = mapped_column(Text)
+    knob: Mapped[str | None] = mapped_column(Text)
+    new_value: Mapped[str | None] = mapped_column(Text)
+    valid: Mapped[bool | None]
+    knob_match: Mapped[bool | None]
+    exact_match: Mapped[bool | None]
+    expected_gain: Mapped[Double | None]
+    latency_s: Mapped[Double | None]
+
+
+class PromotionRow(Table):
+    """A switch of the champion, with its evidence."""
+
+    __tablename__ = "promotions"
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    iteration: Mapped[int]
+    kind: Mapped[str] = mapped_column(Text)
+    from_proposer_id: Mapped[int | None] = mapped_column(ForeignKey("proposers.id"))
+    to_proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    evidence: Mapped[Json]
+    decided_by: Mapped[str] = mapped_column(Text)
+    reason: Mapped[str | None] = mapped_column(Text)
+    at: Mapped[Utc]
+
+
+class EventRow(Table):
+    """Something that happened, or that a person asked for."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_campaign_id_kind", "campaign_id", "kind"),)
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    at: Mapped[Utc]
+    kind: Mapped[str] = mapped_column(Text)
+    iteration: Mapped[int | None]
+    attempt_id: Mapped[int | None] = mapped_column(BigInteger)
+    payload: Mapped[Json]
