@@ -9,11 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.rails.menu import Change, Menu
+from overnight.store.errors import CampaignError
 from overnight.store.hashing import JsonValue
 from overnight.store.records import Config, Direction, FailureClass, KnobValue
+
+if TYPE_CHECKING:
+    from overnight.agent.proposers.breaker import Breaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,58 @@ class Proposer(Protocol):
 
     def close(self) -> None:
         """Release connections and memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerContext:
+    """What a campaign hands to each proposer that it builds."""
+
+    campaign_dir: Path
+    """Folder of the campaign file: relative paths in a proposer's table start here."""
+    cache_dir: Path
+    """Where a proposer may keep what can be made again (converted models)."""
+    menu: Menu
+    breakers: dict[str, Breaker] = field(default_factory=dict)
+    """One failure counter for each endpoint, shared by the proposers that use it."""
+
+
+class ProposerSettings(BaseModel):
+    """Base of every `[proposers.<name>]` table: strict, so that a misspelt key is an error and not a default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def parse(cls, name: str, settings: Mapping[str, object]) -> Self:
+        """Return the validated table.
+
+        Raises:
+            CampaignError: the first problem, with the table and key it is in.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            where = f"`[proposers.{name}]`" + (f" key `{key}`" if key else "")
+            known = ", ".join(cls.model_fields)
+            remedy = f"; the keys are: kind, {known}" if first["type"] == "extra_forbidden" else ""
+            raise CampaignError(f"{where}: {first['msg']}{remedy}") from error
+
+
+class ProposerPlugin(Protocol):
+    """What an entry point of the group `overnight.proposers` names: a proposer class that builds itself."""
+
+    Settings: ClassVar[type[ProposerSettings]]
+    """The table's keys, besides `kind`."""
+
+    @classmethod
+    def from_settings(cls, name: str, settings: Mapping[str, object], context: ProposerContext) -> Proposer:
+        """Build the proposer `[proposers.<name>]`; `settings` is its table without `kind`.
+
+        Raises:
+            CampaignError: a key is missing, unknown or impossible; nothing was opened.
+        """
         ...
 
 
