@@ -132,6 +132,8 @@ class GuardedProcess:
     @property
     def ending(self) -> Ending | None:
         """How the command ended, once all its output is read; None while it runs."""
+        if self._ending is None or self._ending.kind == "lost":
+            return self._ending  # what outlives a lost guard may hold the streams open
         return None if self._streams else self._ending
 
     def watch(self, fd: int) -> None:
