@@ -48,6 +48,7 @@ class MetricReader:
         self._regex = None if regex is None else re.compile(regex)
         self._prefix = None if notes_prefix is None else notes_prefix.encode()
         self._report = report
+        self._needles = [self._quoted, b'"step"', *([] if self._prefix is None else [self._prefix])]
         self._partial = b""
         self._dropping = False
         self._found: deque[bytes] = deque(maxlen=_MAX_CANDIDATES)
@@ -56,7 +57,7 @@ class MetricReader:
 
     def add(self, chunk: bytes) -> None:
         """Take in the next piece of output; a carriage return ends a line, as a progress bar means it."""
-        *lines, rest = (self._partial + chunk).replace(b"\r", b"\n").split(b"\n")
+        *lines, rest = self._lines(self._partial + chunk)
         for line in lines:
             if not self._dropping and len(line) <= MAX_LINE:
                 self._line(line)
@@ -64,6 +65,14 @@ class MetricReader:
         if len(rest) > MAX_LINE:
             self._dropping, rest = True, b""
         self._partial = rest
+
+    def _lines(self, data: bytes) -> list[bytes]:
+        """Split `data` into lines; one without anything looked for is not worth splitting, a flood is made of those."""
+        data = data.replace(b"\r", b"\n")
+        if self._regex is not None or any(needle in data for needle in self._needles):
+            return data.split(b"\n")
+        _, end, rest = data.rpartition(b"\n")
+        return [b"", rest] if end else [rest]
 
     def _line(self, line: bytes) -> None:
         if self._prefix is not None and line.startswith(self._prefix):

@@ -33,12 +33,13 @@ class Tail:
 
 
 def last_lines(text: str, limit: int = TRACE_CHARS) -> str:
-    """Return the end of `text`, cleaned, of at most `limit` characters, beginning at a line where there is one."""
+    """Return the end of `text`, cleaned, of at most `limit` characters, beginning at a line where one begins early."""
     cleaned = clean(text.rstrip())
     if len(cleaned) <= limit:
         return cleaned
     end = cleaned[-limit:]
-    return end.partition("\n")[2] or end
+    broken, _, rest = end.partition("\n")
+    return rest if rest and len(broken) < limit // 4 else end
 
 
 def clean(text: str) -> str:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from overnight.store.records import FailureClass
 from overnight.trainer.output import Tail
 
 _GUARD = Path(__file__).with_name("guard.py")
+_MARK = "OVERNIGHT_GUARD_"
+"""Begins the name of a variable that every process of a command has in its environment."""
 _KILL_S = 15.0
 """Longer than the guard goes on killing, so that its word is heard before psutil takes over."""
 _SETTLE_S = 5.0
@@ -96,6 +99,7 @@ class GuardedProcess:
         split_output: bool = False,
     ) -> None:
         self.tail = Tail()
+        self._mark = _MARK + uuid.uuid4().hex
         self._ending: Ending | None = None
         self._said = b""
         self._lifeline, theirs = socket.socketpair()
@@ -109,7 +113,7 @@ class GuardedProcess:
                     stderr=subprocess.PIPE if split_output else subprocess.STDOUT,
                     bufsize=0,
                     cwd=cwd,
-                    env=env,
+                    env={**(os.environ if env is None else env), **marks(), self._mark: "1"},
                     pass_fds=(theirs.fileno(), *pass_fds),
                     start_new_session=True,  # a Ctrl-C at the terminal is for the control process
                 )
@@ -209,12 +213,21 @@ class GuardedProcess:
                 self._guard.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 self._force(seen)
+        if self._ending is None or self._ending.kind == "lost":
+            self._hunt()
         self._lifeline.close()
         for pipe in (self._guard.stdout, self._guard.stderr):
             if pipe is not None:
                 pipe.close()
         self._streams.clear()
         return self._ending or Ending("lost")
+
+    def _hunt(self) -> None:
+        """Kill what a guard that was killed left behind: whoever has the mark, wherever it went."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and self._mark in process.environ():
+                    process.kill()
 
     def _drain(self, deadline: float) -> None:
         while self.ending is None and time.monotonic() < deadline:
@@ -227,6 +240,11 @@ class GuardedProcess:
                 process.kill()  # psutil checks that the id was not given to a stranger
         self._guard.kill()
         self._guard.wait()
+
+
+def marks() -> dict[str, str]:
+    """Return the marks that this process carries itself, for the environment of what it starts."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_MARK)}
 
 
 def _parse(said: str) -> Ending:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from overnight.store.errors import CampaignError
-from overnight.store.records import Config, TrialRequest, TrialResult
+from overnight.store.records import Config, TrialProgress, TrialRequest, TrialResult
 from overnight.trainer.protocol import Trainer, TrainerContext
 from overnight.trainer.wire import ResultFrame, pack_frame, unpack
 
