@@ -2,8 +2,8 @@
 
 A candidate is screened on one seed and dropped as soon as a keep has become improbable; what survives `max_trials`
 seeds is kept when its mean gain reaches `min_gain` and its lower bound is above zero. There is no early keep, so
-looking early can only lower the error. Pure functions over plain numbers: nothing here measures, stores or draws at random,
-and nothing here promises the error rate for candidates noisier than `overnight.trainer.noise` says.
+looking early can only lower the error. Pure functions over plain numbers: nothing here measures, stores or draws at
+random, and nothing here promises the error rate for candidates noisier than `overnight.trainer.noise` says.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ Rule = Literal["confirmed", "single_shot"]
 Action = Literal["measure", "keep", "revert"]
 
 AUDIT_SHARE = 0.05
-"""Share of turns, drawn before screening, whose candidate is measured on every seed of its order whatever it shows."""
-IMPROBABLE = 0.19
+"""Share of turns, drawn before screening, whose candidate is also measured on `AUDIT_SEEDS`, whatever it shows."""
+AUDIT_SEEDS = range(1_000_000, 1_000_005)
+"""Candidate and baseline are both measured here in an audit, and no decision looks here: a baseline whose trials
+scatter stays longer, so noise estimated from the trials that decide is too large by several percent (benchmarks/LOG.md).
+A kept candidate's audit trials serve it as a baseline; each baseline needs them once."""
+IMPROBABLE = 0.2
 """A candidate is dropped when the predictive probability of a keep falls below this: the largest power for which a
 null candidate costs at most 1.4 trials on average (benchmarks/decisions.md)."""
 PRIOR_DF = 4.0
@@ -139,21 +143,35 @@ def plan(settings: DecisionSettings, noise: Noise, *, unpaired_baseline: int | N
         prior_df=min(prior_df, float(df)),
         base=base,
         cautious=cautious,
+        shared=noise.source == "calibration" and not unpaired_baseline,
     )
 
 
 @lru_cache(maxsize=256)
-def _plan(*, n: int, alpha: float, df: int, excess: float, prior_df: float, base: float, cautious: float) -> Plan:
+def _plan(
+    *, n: int, alpha: float, df: int, excess: float, prior_df: float, base: float, cautious: float, shared: bool
+) -> Plan:
+    known = DF_RUNGS[-1]
     resolution = _critical(
-        n=n, alpha=alpha, df=DF_RUNGS[-1], excess=cautious, prior_df=PRIOR_DF, base=base, resolution=None
+        n=n, alpha=alpha, df=known, excess=cautious, prior_df=PRIOR_DF, base=base, shared=shared, resolution=None
     )
-    critical = _critical(n=n, alpha=alpha, df=df, excess=excess, prior_df=prior_df, base=base, resolution=resolution)
+    critical = _critical(
+        n=n, alpha=alpha, df=df, excess=excess, prior_df=prior_df, base=base, shared=shared, resolution=resolution
+    )
     return Plan(n, base, prior_df, critical, resolution)
 
 
 @lru_cache(maxsize=256)
 def _critical(
-    *, n: int, alpha: float, df: int, excess: float, prior_df: float, base: float, resolution: float | None
+    *,
+    n: int,
+    alpha: float,
+    df: int,
+    excess: float,
+    prior_df: float,
+    base: float,
+    shared: bool,
+    resolution: float | None,
 ) -> float:
     """The final critical value at which a null candidate `excess` times as noisy as the pool is kept with `alpha`.
 
@@ -164,12 +182,13 @@ def _critical(
     (non-binding boundaries could not; Jennison and Turnbull 2000, section 5.2).
 
     Args:
+        shared: the pool was estimated from baseline trials that are in the candidate's own pairs too.
         resolution: the constant of the drop boundary; None: the critical value itself.
     """
     import numpy as np
     from scipy.special import ndtr
 
-    residuals, u = _points(n, df)
+    residuals, u = _points(n, df, 1 / (math.sqrt(2) * excess) if shared else 0.0)
     scale = math.sqrt(base + excess**2 / n)
     own_ss = excess**2 * np.square(residuals).sum(axis=1)
     partial = excess * np.cumsum(residuals, axis=1) / np.arange(1, n + 1)
@@ -200,22 +219,40 @@ def _critical(
 
 
 @lru_cache(maxsize=32)
-def _points(n: int, df: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _points(n: int, df: int, correlation: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Residuals of `n` standard normals around their mean, and estimated / true sd with `df`, at quasi-random points.
 
-    The additive recurrence of Roberts (2018), on the generalised golden ratio: deterministic on every machine.
+    The calibrated trials are also the baseline's half of the pairs, so a pool that is too small by chance tends to
+    come with own residuals that are. In each direction of their common places the calibrated trials have
+    `correlation` with the pairs; along the pairs' own residuals that makes a noncentral square, across them chi-squares.
+
+    The points are the additive recurrence of Roberts (2018), on the generalised golden ratio: the same on every machine.
     """
     import numpy as np
     from scipy.special import gammaincinv, ndtri
 
+    dimensions = n + 3
     golden = 1.5
     for _ in range(40):
-        golden = (1 + golden) ** (1 / (n + 2))
-    steps = golden ** -np.arange(1.0, n + 2)
+        golden = (1 + golden) ** (1 / (dimensions + 1))
+    steps = golden ** -np.arange(1.0, dimensions + 1)
     uniform = (0.5 + np.arange(1, POINTS + 1)[:, None] * steps) % 1
+
+    def chi_square(freedom: int, column: int) -> NDArray[np.float64]:
+        if freedom <= 0:
+            return np.zeros(POINTS)
+        quantiles: NDArray[np.float64] = 2 * gammaincinv(freedom / 2, uniform[:, column])
+        return quantiles
+
     normal = ndtri(uniform[:, :n])
-    u = np.sqrt(2 * gammaincinv(df / 2, uniform[:, n]) / df)
-    return normal - normal.mean(axis=1, keepdims=True), u
+    residuals = normal - normal.mean(axis=1, keepdims=True)
+    common = min(n, df + 1)
+    if correlation == 0 or common < 2:
+        return residuals, np.sqrt(chi_square(df, n) / df)
+    overlap = residuals[:, :common] - residuals[:, :common].mean(axis=1, keepdims=True)
+    along = correlation * np.sqrt(np.square(overlap).sum(axis=1)) + math.sqrt(1 - correlation**2) * ndtri(uniform[:, n])
+    across = (1 - correlation**2) * chi_square(common - 2, n + 1)
+    return residuals, np.sqrt((np.square(along) + across + chi_square(df + 1 - common, n + 2)) / df)
 
 
 def seed_order(baseline_seeds: Sequence[int], rotation: int, max_trials: int) -> tuple[int, ...]:
@@ -224,6 +261,7 @@ def seed_order(baseline_seeds: Sequence[int], rotation: int, max_trials: int) ->
     Rotating (by the iteration) keeps one lucky baseline trial from screening every candidate. Fresh seeds, which
     the baseline has yet to be measured on, come only when it has fewer than `max_trials`.
     """
+    baseline_seeds = [seed for seed in baseline_seeds if seed not in AUDIT_SEEDS]
     if not baseline_seeds:
         raise ValueError("a baseline without trials cannot be compared with; calibrate it first")
     start = rotation % len(baseline_seeds)
@@ -243,8 +281,8 @@ def judge(
 ) -> Verdict:
     """Decide on a candidate from its trials so far, or say which seed to measure next.
 
-    Looks are taken in the order of `order`, so an audited candidate's further trials change no decision, and asking
-    again after a crash gives the same answer.
+    Looks are taken in the order of `order`, and trials on `AUDIT_SEEDS` are left out: an audit changes no decision, and
+    asking again after a crash gives the same answer.
 
     Args:
         candidate: metric by seed, finite.
@@ -257,6 +295,7 @@ def judge(
     Raises:
         ValueError: a metric is not finite, the baseline's mean is zero and gains are relative, or noise is missing.
     """
+    baseline = {seed: metric for seed, metric in baseline.items() if seed not in AUDIT_SEEDS}
     if not all(map(math.isfinite, (*candidate.values(), *baseline.values()))):
         raise ValueError("a metric is not finite; a trial without a metric is a failure and never reaches a decision")
     if not baseline:
@@ -344,13 +383,15 @@ def check_resolvable(
     if settings.rule == "single_shot" or settings.min_gain == 0:
         return None
 
+    sd = noise.sd / gain_scale(baseline, settings.gain)
+
     def smallest(trials: int) -> float:
         design = plan(
             DecisionSettings(alpha=settings.alpha, max_trials=trials),
             Noise(noise.sd, DF_RUNGS[-1], noise.source, noise.excess),
             unpaired_baseline=len(baseline) if kind == "unseeded" else None,
         )
-        return design.critical * math.sqrt(design.base + 1 / trials) * noise.sd / gain_scale(baseline, settings.gain)
+        return design.critical * math.sqrt(design.base + 1 / trials) * sd
 
     within = smallest(settings.max_trials)
     if within <= settings.min_gain:
@@ -361,7 +402,7 @@ def check_resolvable(
     remedy = f"set `max_trials` to {enough} or more, or" if enough else "set"
     return (
         f"`min_gain` = {settings.min_gain:g} cannot be told from noise within `max_trials` = {settings.max_trials}: "
-        f"with a noise of {noise.sd:.3g} the smallest mean gain that could be kept is {within:.3g}; "
+        f"with a noise of {sd:.2g} the smallest mean gain that could be kept is {within:.2g}; "
         f"{remedy} `min_gain` to {within * 1.1:.2g} or more, or make trials less noisy "
         "(more validation tokens, more steps)"
     )
