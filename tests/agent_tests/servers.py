@@ -17,6 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True)
+class ChatServer:
+    """A real server with an OpenAI-compatible API."""
+
+    url: str
+    model: str
+
+
 @dataclass
 class Wire:
     """One connection with its request."""
