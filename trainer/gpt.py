@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 VERSION = "1"
 """Raised when the same (configuration, seed) would give another number."""
 METRIC = "val_bpb"
-VAL_BATCH_TOKENS = 16384
-"""Tokens in one validation batch, whatever `batch_size` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +135,7 @@ class GptTrainer:
     def _trial(
         self, request: TrialRequest, config: GptConfig, ready: _Ready, report: Report, started: float
     ) -> TrialResult:
+        from overnight.trainer.gpt_device import VAL_BATCH_TOKENS
         from overnight.trainer.gpt_loop import Bound, Text, bits_per_byte, train
 
         settings, corpus, machine = self._settings, ready.corpus, ready.machine

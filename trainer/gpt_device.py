@@ -6,6 +6,7 @@ allocates, tensor by tensor; `benchmarks/trial.py` checks them against measured 
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -21,6 +22,14 @@ from overnight.trainer.gpt_model import Shape, buffer_size
 from overnight.trainer.gpt_settings import EngineName, GptConfig
 
 GIB = 2**30
+VOCAB_MULTIPLE = 128
+"""The fused mode pads the vocabulary to it, for the tensor cores."""
+LOGIT_ROWS = 16384
+"""Rows of logits that the fused mode holds at once."""
+VAL_BATCH_TOKENS = 16384
+"""Tokens in one validation batch, whatever `batch_size` is."""
+FIXED_BYTES = GIB // 4
+"""cuBLAS workspaces, sort buffers, statistics."""
 SLACK = 0.9
 """Share of the memory that a trial may plan to fill; the rest is for fragments and for the library's own buffers."""
 
@@ -92,7 +101,9 @@ def find_machine(
         if engine == "fused":
             raise TrainerError('`trainer.engine` = "fused" needs a CUDA device; set `engine = "auto"`')
         return CpuMachine(threads=threads, memory_gib=memory_gib)
-    raise TrainerError('`trainer.device` = "cuda": no CUDA device is here; set `device = "cpu"` or mend the driver')
+    if not torch.cuda.is_available():
+        raise TrainerError('`trainer.device` = "cuda": no CUDA device is here; set `device = "cpu"` or mend the driver')
+    return CudaMachine(engine, memory_gib=memory_gib)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -172,3 +183,118 @@ class CpuMachine(Machine):
 
     def empty_cache(self) -> None:
         """Nothing is cached."""
+
+
+class CudaMachine(Machine):
+    """Trials on the first CUDA device: hand-fused steps where Triton and the widths allow, else plain PyTorch."""
+
+    def __init__(self, engine: EngineName, *, memory_gib: float | None) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self._device)
+        self._capability = torch.cuda.get_device_capability(self._device)
+        self._triton = _triton_version()
+        if engine == "fused" and self._triton is None:
+            raise TrainerError(
+                '`trainer.engine` = "fused" needs Triton; `pip install triton` or set `engine = "eager"`'
+            )
+        self._engine = "eager" if engine == "eager" or self._triton is None else "fused"
+        self.gpu = str(properties.uuid)
+        self._budget = (
+            memory_gib * GIB if memory_gib is not None else self._free(unified=bool(properties.is_integrated))
+        )
+        self.environment = {
+            "device": properties.name,
+            "capability": ".".join(str(part) for part in self._capability),
+            "engine": self._engine,
+            "torch": torch.__version__,
+            "cuda": str(torch.version.cuda),
+            "triton": str(self._triton),
+        }
+
+    def _free(self, *, unified: bool) -> float:
+        if unified:  # the driver of a machine whose memory is shared reports none, or counts caches as taken
+            return float(psutil.virtual_memory().available)
+        return float(torch.cuda.mem_get_info(self._device)[0])
+
+    def mode(self, config: GptConfig) -> str:
+        """`fused`, or `eager` for float32 and for widths that its kernels cannot take."""
+        even = config.d_model % 16 == 0 and config.d_ff % 16 == 0 and (config.d_model // config.n_head) % 8 == 0
+        return "fused" if self._engine == "fused" and even and config.precision != "float32" else "eager"
+
+    def problem(self, config: GptConfig) -> str | None:
+        """Why this GPU cannot run `config`, or None."""
+        if config.precision == "fp8":
+            if self._capability < (8, 9):
+                return f'`precision` "fp8" needs compute capability 8.9 or more; {self.environment["device"]} has less'
+            if self.mode(config) != "fused":
+                return '`precision` "fp8" needs Triton, and widths that are multiples of 16'
+        elif config.precision != "float32" and self._capability < (8, 0):
+            return '`precision` "bf16" needs compute capability 8.0 or more; use "float32"'
+        return None
+
+    def shape(self, config: GptConfig, vocab: int) -> Shape:
+        """Return the model's shape; the fused mode pads the vocabulary for the tensor cores."""
+        multiple = VOCAB_MULTIPLE if self.mode(config) == "fused" else 1
+        return Shape(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            d_model=config.d_model,
+            d_ff=config.d_ff,
+            seq_len=config.seq_len,
+            vocab=vocab,
+            padded_vocab=-(-vocab // multiple) * multiple,
+        )
+
+    def budget(self) -> float:
+        """Return the bytes that a trial may take."""
+        return self._budget
+
+    def estimate(self, config: GptConfig, vocab: int, micro_batch: int) -> int:
+        """Return the bytes that training or validation takes at its peak."""
+        shape = self.shape(config, vocab)
+        size = buffer_size(shape)[0]
+        width, inner = config.d_model, config.d_ff
+        tokens = micro_batch * config.seq_len
+        accumulates = micro_batch < config.batch_size
+        if self.mode(config) == "eager":
+            layer = 30 * width + 4 * inner + 8 * config.n_head
+            train = size * 18 + tokens * (config.n_layer * layer + 14 * shape.padded_vocab + 16 * width)
+            return train + FIXED_BYTES
+        state = size * (20 if accumulates else 16)  # weights, two moments, bf16 copy and gradient
+        if config.precision == "fp8":
+            state += config.n_layer * (4 * width + 2 * inner) * width * 2  # weights, as they are and transposed
+        layer = 16 * width + 4 * inner + 4 * config.n_head + 16
+        logits = min(tokens, LOGIT_ROWS) * shape.padded_vocab * 2
+        backward = tokens * (16 * width + 4 * inner)
+        train = tokens * (config.n_layer * layer + 8 * width) + max(logits, backward, shape.padded_vocab * width * 2)
+        check = VAL_BATCH_TOKENS * (16 * width + 4 * inner + shape.padded_vocab * 2)
+        return state + max(train, check) + FIXED_BYTES
+
+    def engine(self, config: GptConfig, vocab: int, *, seed: int, micro_batch: int) -> Engine:
+        """Return the engine of this configuration's mode, with its weights initialised."""
+        shape = self.shape(config, vocab)
+        if self.mode(config) == "fused":
+            from overnight.trainer.gpt_fused import FusedEngine
+
+            return FusedEngine(shape, config, seed=seed, device=self._device, micro_batch=micro_batch)
+        bf16 = config.precision != "float32"
+        return EagerEngine(shape, config, seed=seed, device=self._device, micro_batch=micro_batch, bf16=bf16)
+
+    def reset_peak(self) -> None:
+        """Begin to look for the peak of a trial."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_gib(self) -> float | None:
+        """Return the most memory that was reserved on the device since `reset_peak`."""
+        return torch.cuda.max_memory_reserved(self._device) / GIB
+
+    def empty_cache(self) -> None:
+        """Give cached memory back to the device."""
+        torch.cuda.empty_cache()
+
+
+def _triton_version() -> str | None:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
