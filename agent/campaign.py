@@ -7,7 +7,6 @@ are plain mappings. Reading a file starts nothing and imports no plugin.
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from overnight.rails.constraint import Constraint
 from overnight.rails.gate import SKIPPABLE
 from overnight.rails.menu import Knob, KnobType, Menu, Scale
 from overnight.store.errors import CampaignError, MenuError
-from overnight.store.hashing import digest
+from overnight.store.hashing import JsonValue, digest
 from overnight.store.records import Direction, GainKind
 
 FILE_NAME = "campaign.toml"
@@ -228,17 +227,17 @@ class Campaign:
             gain=metric.gain,
         )
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, JsonValue]:
         """The file as plain JSON data, defaults filled in."""
         return self.file.model_dump(mode="json")
 
-    def frozen(self) -> dict[str, object]:
+    def frozen(self) -> dict[str, JsonValue]:
         """The part of the file that may not change between runs, by key."""
         return frozen_part(self.spec())
 
     def frozen_hash(self) -> str:
         """Content address of the frozen part."""
-        return digest(json.loads(json.dumps(self.frozen())))
+        return digest(self.frozen())
 
     def read_brief(self) -> str:
         """The brief as it is now, or an empty text when there is none.
@@ -257,11 +256,11 @@ class Campaign:
             ) from error
 
 
-def frozen_part(spec: Mapping[str, object]) -> dict[str, object]:
+def frozen_part(spec: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the keys of FROZEN out of a file's plain data."""
-    part: dict[str, object] = {}
+    part: dict[str, JsonValue] = {}
     for key in FROZEN:
-        value: object = spec
+        value: JsonValue = spec
         for name in key.split("."):
             assert isinstance(value, Mapping)
             value = value[name]

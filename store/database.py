@@ -84,6 +84,17 @@ def make_engine(url: URL) -> Engine:
     return engine
 
 
+def existing_file(url: URL) -> Path:
+    """Return the path of a SQLite file that is there.
+
+    Raises:
+        InputError: there is none, or it is not a database.
+    """
+    _check_file(url, create=False)
+    assert url.database is not None
+    return Path(url.database)
+
+
 def _check_file(url: URL, *, create: bool) -> bool:
     """Say whether a SQLite file has to be made; refuse a missing or foreign one."""
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":

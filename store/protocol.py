@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from overnight.store.hashing import JsonValue
 from overnight.store.records import (
@@ -24,6 +24,9 @@ from overnight.store.records import (
     TrainerKind,
     TrialResult,
 )
+
+MAX_TRIES = 4
+"""Tries of a turn: three answers, then a labelled fallback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class CampaignState:
     trainer_kind: TrainerKind | None
     trainer_hash: str | None
     environment_hash: str | None
+    environment: str | None
+    """JSON."""
+    noise_sd: float | None
     started_at: str | None
     lease_owner: str | None
     lease_since: str | None
@@ -69,6 +75,7 @@ class Attempt:
     role: str
     audit: bool
     proposer: str
+    request_event_id: int | None
     prompt_id: str | None
     reply: str | None
     knob: str | None
@@ -81,6 +88,7 @@ class Attempt:
     outcome: Outcome | None
     failure: FailureClass | None
     trace: str | None
+    notes: str | None
     metric: float | None
     metric_se: float | None
     baseline_metric: float | None
@@ -241,6 +249,19 @@ class SumOfSquares:
 
     ss: float
     df: int
+    baseline_df: int = 0
+    """For paired differences: baseline trials they rest on, less one for each baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a campaign goes on: the next stage, of which turn and try."""
+
+    stage: Literal["propose", "check_rails", "train", "validate", "decide"]
+    iteration: int
+    try_no: int
+    attempt_id: int | None
+    """The attempt that the stage works on; None when it is still to be proposed."""
 
 
 class StoreWriter(Protocol):
@@ -344,8 +365,20 @@ class TrajectoryStore(Protocol):
         """
         ...
 
+    def next_stage(self, campaign_id: int) -> Position:
+        """Return where the campaign goes on, from its last committed stage."""
+        ...
+
     def last_attempt(self, campaign_id: int) -> Attempt | None:
         """Return the newest try of the newest turn."""
+        ...
+
+    def attempt(self, attempt_id: int) -> Attempt:
+        """Return an attempt by its id."""
+        ...
+
+    def last_event(self, campaign_id: int, kind: str) -> tuple[str, Mapping[str, JsonValue]] | None:
+        """Return when an event of this kind happened last, and what it said."""
         ...
 
     def attempts_of_turn(self, campaign_id: int, iteration: int) -> Sequence[Attempt]:
@@ -386,8 +419,10 @@ class TrajectoryStore(Protocol):
         """Return the trial noise over seeds from calibration runs in one environment."""
         ...
 
-    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
-        """Return the noise of paired differences from audit replicates in one environment."""
+    def audit_spread(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, before_attempt_id: int
+    ) -> SumOfSquares:
+        """Return the noise of paired differences from attempts that were audited before another, in one environment."""
         ...
 
     def spent(self, campaign_id: int) -> Spent:

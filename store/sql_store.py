@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -20,16 +21,18 @@ from overnight.store.database import WRITE, open_engine
 from overnight.store.errors import StoreError
 from overnight.store.hashing import JsonValue, canonical_json
 from overnight.store.protocol import (
+    MAX_TRIES,
     Attempt,
     CampaignState,
     Lease,
     Measured,
     PairTotal,
+    Position,
     Spent,
     SumOfSquares,
     Trial,
 )
-from overnight.store.records import KnobValue, Split
+from overnight.store.records import KnobValue, Split, Stage
 from overnight.store.tables import (
     AttemptRow,
     CampaignRow,
@@ -45,11 +48,17 @@ from overnight.store.writer import SqlWriter
 
 _STATE = [getattr(CampaignRow, name) for name in CampaignState.__slots__]
 _ATTEMPT = [
-    ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name)
+    ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
     for name in Attempt.__slots__
 ]
 _TRIAL = [getattr(TrialRow, name) for name in Trial.__slots__]
 _PAIR = [getattr(PairTotalRow, name) for name in PairTotal.__slots__]
+_NEXT: Mapping[Stage, Literal["check_rails", "train", "validate", "decide"]] = {
+    "proposed": "check_rails",
+    "checked": "train",
+    "trained": "validate",
+    "validated": "decide",
+}
 RECENT_MOVES_CHUNK = 500
 """Configurations asked for in one query: below every engine's limit of bound parameters."""
 
@@ -145,10 +154,35 @@ class SqlStore:
         with self._reading() as connection:
             return list(connection.execute(select(CampaignRow.name).order_by(CampaignRow.id)).scalars())
 
+    def next_stage(self, campaign_id: int) -> Position:
+        """Return where the campaign goes on, from its last committed stage."""
+        last = self.last_attempt(campaign_id)
+        if last is None:
+            return Position("propose", 1, 1, None)
+        if last.stage != "decided":
+            return Position(_NEXT[last.stage], last.iteration, last.try_no, last.id)
+        retried = last.outcome == "blocked" or last.failure in ("llm_timeout", "llm_error")
+        if retried and last.try_no < MAX_TRIES:
+            return Position("propose", last.iteration, last.try_no + 1, None)
+        return Position("propose", last.iteration + 1, 1, None)
+
     def last_attempt(self, campaign_id: int) -> Attempt | None:
         """Return the newest try of the newest turn."""
         rows = self._attempts(campaign_id, limit=1)
         return rows[0] if rows else None
+
+    def attempt(self, attempt_id: int) -> Attempt:
+        """Return an attempt by its id."""
+        query = select(*_ATTEMPT).join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
+        row = self._first(query.where(AttemptRow.id == attempt_id))
+        assert row is not None
+        return Attempt(**row)
+
+    def last_event(self, campaign_id: int, kind: str) -> tuple[str, Mapping[str, JsonValue]] | None:
+        """Return when an event of this kind happened last, and what it said."""
+        query = select(EventRow.at, EventRow.payload).where(EventRow.campaign_id == campaign_id, EventRow.kind == kind)
+        row = self._first(query.order_by(EventRow.id.desc()).limit(1))
+        return None if row is None else (row["at"], json.loads(row["payload"]))
 
     def attempts_of_turn(self, campaign_id: int, iteration: int) -> Sequence[Attempt]:
         """Return a turn's tries, first to last."""
@@ -253,16 +287,23 @@ class SqlStore:
         )
         return self._spread(query.c.metric, query.c.config_id)
 
-    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
-        """Return the noise of paired differences from audit replicates in one environment.
+    def audit_spread(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, before_attempt_id: int
+    ) -> SumOfSquares:
+        """Return the noise of paired differences from attempts that were audited before another, in one environment.
 
-        An audited attempt gives two differences, screening and audit seed, whatever the first said; later
-        confirmations are left out, since they were selected.
+        An audited attempt is measured on all its seeds whatever they say, so none of its differences is selected.
         """
         base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
         query = (
-            select((base.c.metric - candidate.c.metric).label("difference"), candidate.c.attempt_id.label("attempt_id"))
-            .join(AttemptRow, AttemptRow.id == candidate.c.attempt_id)
+            select(
+                (base.c.metric - candidate.c.metric).label("difference"),
+                candidate.c.attempt_id.label("attempt_id"),
+                base.c.id.label("base_id"),
+                base.c.config_id.label("base_config_id"),
+            )
+            .select_from(AttemptRow)
+            .join(candidate, candidate.c.attempt_id == AttemptRow.id)
             .join(
                 base,
                 (base.c.campaign_id == candidate.c.campaign_id)
@@ -274,10 +315,10 @@ class SqlStore:
                 & (base.c.replicate == 0),
             )
             .where(
-                candidate.c.campaign_id == campaign_id,
                 AttemptRow.campaign_id == campaign_id,
                 AttemptRow.audit,
-                candidate.c.purpose.in_(["screening", "audit"]),
+                AttemptRow.stage == "decided",
+                AttemptRow.id < before_attempt_id,
                 candidate.c.config_id == AttemptRow.config_id,
                 candidate.c.trainer_hash == trainer_hash,
                 candidate.c.environment_hash == environment_hash,
@@ -286,7 +327,13 @@ class SqlStore:
             )
             .subquery()
         )
-        return self._spread(query.c.difference, query.c.attempt_id)
+        spread = self._spread(query.c.difference, query.c.attempt_id)
+        counts = select(
+            func.count(query.c.base_id.distinct()).label("trials"),
+            func.count(query.c.base_config_id.distinct()).label("baselines"),
+        )
+        row = self._all(counts)[0]
+        return replace(spread, baseline_df=row["trials"] - row["baselines"])
 
     def _spread(self, value: Any, group: Any) -> SumOfSquares:
         """Pool sums of squares within groups in SQL, around each group's own mean."""

@@ -1,0 +1,137 @@
+"""The start of a campaign, or of a new environment: prepare the trainer and measure the baseline on several seeds.
+
+One seed is run twice, which tells whether the trainer repeats exactly, roughly, or ignores its seed. It refuses to
+start what cannot work: a baseline that does not run, data that changed, a gain that cannot be told from noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from overnight.agent.decide import check_resolvable
+from overnight.agent.events import Calibrated, EnvironmentChanged
+from overnight.agent.measure import calibration_seeds, run_trial, series_of, stored_trials
+from overnight.agent.runtime import Runtime
+from overnight.store.errors import CampaignError, TrainerError
+from overnight.store.protocol import CampaignState
+from overnight.store.records import Config, TrainerKind, TrialResult
+from overnight.trainer.noise import Spread, classify, paired_noise, trial_noise
+
+
+def calibrate(runtime: Runtime) -> None:
+    """Prepare the trainer and measure the baseline where the present environment lacks it.
+
+    Raises:
+        CampaignError: the campaign cannot be run as it is; the message says what to change.
+        TrainerError: the device or the harness is at fault.
+        PauseRequested: a pause was asked for.
+    """
+    if runtime.info is None:
+        runtime.info = runtime.trainer.prepare()
+    state = runtime.state()
+    _check_same_trainer(runtime, state)
+    if state.environment_hash == runtime.environment_hash and state.baseline_config_id is not None:
+        return
+    baseline = (
+        runtime.campaign.menu.default
+        if state.baseline_config_id is None
+        else runtime.store.config_of(state.baseline_config_id)
+    )
+    _check_runs_here(runtime, baseline)
+    if state.environment_hash is not None:
+        runtime.emit(EnvironmentChanged(campaign=runtime.name, changed=_changed(state, runtime)))
+    _measure_baseline(runtime, state, baseline)
+    _conclude(runtime, state, baseline)
+
+
+def _check_same_trainer(runtime: Runtime, state: CampaignState) -> None:
+    if state.trainer_hash is not None and state.trainer_hash != runtime.trainer_hash:
+        raise CampaignError(
+            f"campaign `{runtime.name}`: the trainer's data or settings changed since it began; put them back, "
+            "or start a new one with `--fresh`"
+        )
+
+
+def _check_runs_here(runtime: Runtime, baseline: Config) -> None:
+    problem = runtime.capability().problem(baseline)
+    if problem and "R7_capability" not in runtime.campaign.file.rails.skip:
+        raise CampaignError(f"{runtime.campaign.path}: the baseline cannot run here: {problem} as a knob's `default`")
+
+
+def _changed(state: CampaignState, runtime: Runtime) -> list[str]:
+    before: Mapping[str, str] = json.loads(state.environment or "{}")
+    assert runtime.info is not None
+    now = runtime.info.environment
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
+def _measure_baseline(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
+    """Run what is missing: each calibration seed once, the first of them twice."""
+    seeds = calibration_seeds(runtime)
+    runs = [(seed, 0) for seed in seeds] + ([(seeds[0], 1)] if len(seeds) > 1 else [])
+    with runtime.writing() as writer:
+        config_id = writer.config(baseline)
+    done = {
+        (trial.seed, trial.replicate) for trial in stored_trials(runtime, state, config_id) if trial.metric is not None
+    }
+    for number, (seed, replicate) in enumerate(runs, 1):
+        if (seed, replicate) in done:
+            continue
+        result = run_trial(
+            runtime, baseline, seed, purpose="calibration", replicate=replicate, number=number, of=len(runs)
+        )
+        if result.failure is not None:
+            _refuse(runtime, result)
+
+
+def _refuse(runtime: Runtime, result: TrialResult) -> None:
+    last = next((line.strip() for line in reversed(result.trace.splitlines()) if line.strip()), "no trace")
+    what = f"the baseline failed ({result.failure}): {last[:300]}"
+    if result.failure == "harness":
+        raise TrainerError(f"campaign `{runtime.name}`: {what}")
+    remedy = {
+        "oom": "choose smaller defaults",
+        "timeout": "raise `budget.trial_timeout_s` or choose smaller defaults",
+        "nan": "choose a smaller default learning rate",
+        "unsupported": "choose other defaults",
+    }.get(result.failure or "", "mend the trainer or its settings")
+    raise CampaignError(f"{runtime.campaign.path}: {what}; {remedy}")
+
+
+def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
+    """Record what kind of trainer it is and how noisy, or refuse a gain that cannot be resolved."""
+    with runtime.writing() as writer:
+        config_id = writer.config(baseline)
+    trials = stored_trials(runtime, state, config_id)
+    series = series_of(trials)
+    calibrated = [series.metrics[seed] for seed in calibration_seeds(runtime)]
+    repeat = next((t.metric for t in trials if t.seed == calibration_seeds(runtime)[0] and t.replicate == 1), None)
+    kind: TrainerKind = "noisy" if repeat is None else classify([(calibrated[0], repeat)], calibrated)
+    noise_sd = Spread.from_values(calibrated).sd if len(calibrated) > 1 else None
+    _check_resolvable(runtime, kind, dict(zip(calibration_seeds(runtime), calibrated, strict=True)))
+    assert runtime.info is not None
+    with runtime.writing() as writer:
+        writer.trainer(runtime.info, kind, noise_sd)
+        writer.baseline(config_id)
+    runtime.emit(
+        Calibrated(
+            campaign=runtime.name,
+            trainer_kind=kind,
+            baseline_metric=math.fsum(calibrated) / len(calibrated),
+            noise_sd=noise_sd,
+            trials=len(trials),
+        )
+    )
+
+
+def _check_resolvable(runtime: Runtime, kind: TrainerKind, baseline: Mapping[int, float]) -> None:
+    """Refuse a campaign that could never keep anything, before anything but its trials is recorded."""
+    if len(baseline) < 2:
+        return
+    spread = Spread.from_values(list(baseline.values()))
+    noise = trial_noise(spread) if kind == "unseeded" else paired_noise(spread)
+    problem = check_resolvable(noise, runtime.campaign.decision, baseline, kind)
+    if problem:
+        raise CampaignError(f"{runtime.campaign.path}: `decision`: {problem}")

@@ -1,0 +1,95 @@
+"""Options that several commands share, and how rows are printed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from overnight.store.errors import InputError
+from overnight.store.protocol import CampaignState
+from overnight.store.sql_store import SqlStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_DB = "overnight.db"
+
+
+def db_option(function: F) -> F:
+    """Add `--db`."""
+    return click.option(
+        "--db",
+        envvar="OVERNIGHT_DB",
+        default=DEFAULT_DB,
+        show_default=True,
+        show_envvar=True,
+        help="SQLite file, or a postgresql:// URL.",
+    )(function)
+
+
+def format_option(function: F) -> F:
+    """Add `--format`."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["table", "json", "csv"]),
+        default="table",
+        show_default=True,
+        help="JSON and CSV go alone to standard output.",
+    )(function)
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> None:
+    """Print rows as a table, a JSON array of objects, or CSV."""
+    if form == "json":
+        objects = [dict(zip(columns, row, strict=True)) for row in rows]
+        click.echo(json.dumps(objects, ensure_ascii=False, indent=2, default=str))
+    elif form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    else:
+        _print_table(columns, rows)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
+    for column, right in zip(columns, numeric, strict=True):
+        table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def campaign_in(store: SqlStore, name_or_folder: str) -> CampaignState:
+    """Return a stored campaign by name, or by the folder of its file.
+
+    Raises:
+        InputError: the store has none such; the message lists those it has.
+    """
+    state = store.campaign(name_or_folder)
+    if state is None and Path(name_or_folder).exists():
+        from overnight.agent.campaign import load_campaign
+
+        state = store.campaign(load_campaign(name_or_folder).name)
+    if state is None:
+        names = ", ".join(f"`{name}`" for name in store.campaigns()) or "none yet"
+        raise InputError(f"no campaign `{name_or_folder}` in this database; it has {names}")
+    return state

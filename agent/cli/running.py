@@ -1,0 +1,218 @@
+"""`overnight run`, `pause`, `status` and `enqueue`: campaigns that run, and what a person asks of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from overnight.agent.campaign import Campaign, load_campaign
+from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
+from overnight.store.errors import InputError
+from overnight.store.protocol import CampaignState
+from overnight.store.sql_store import SqlStore
+
+
+@click.command()
+@click.argument("campaign")
+@db_option
+@click.option("--iterations", type=click.IntRange(min=1), help="Stop after this many turns in all; the rest waits.")
+@click.option("--until", metavar="HH:MM", help="Stop at this local time, instead of the file's `budget.until`.")
+@click.option("--fresh", is_flag=True, help="Start anew as NAME-2 (NAME-3, ...); deletes nothing.")
+def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh: bool) -> None:
+    """Run CAMPAIGN (a folder, a file or a bundled name), or go on where it stopped.
+
+    Ctrl-C pauses after the current trial; a second one stops at once. Either way nothing that was measured is lost.
+    """
+    from overnight.agent.cli.progress import progress_hook
+    from overnight.agent.run import PauseSwitch, next_until, open_runtime, run_campaign
+
+    loaded = load_campaign(campaign)
+    at = until or loaded.file.budget.until
+    if until is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", until):
+        raise InputError(f"`--until`: `{until}` is not a time; give HH:MM, such as 07:00")
+    store = SqlStore.open(db, create=True)
+    try:
+        loaded = _named(loaded, store, fresh)
+        state = store.campaign(loaded.name)
+        if state is not None and state.status == "finished" and not _more_to_do(loaded, store, state):
+            click.echo(_finished_line(state), err=True)
+            _summary(store, loaded.name, db)
+            return
+        hook = progress_hook(loaded)
+        switch = PauseSwitch(on_signal=hook.on_signal)
+        runtime = open_runtime(loaded, store, hooks=[hook])
+        runtime.iterations = iterations
+        runtime.deadline = next_until(at, datetime.now()).timestamp() if at else None
+        try:
+            with switch.listening(), hook:
+                result = run_campaign(runtime, checkpoints=_checkpoints(db), switch=switch)
+        finally:
+            runtime.close()
+        if not result.finished:
+            click.echo(f"paused: {switch.reason or 'the turns asked for are done'}; `overnight run {campaign}` goes on")
+        _summary(store, loaded.name, db)
+    finally:
+        store.close()
+
+
+def _checkpoints(db: str) -> Path | None:
+    """LangGraph's checkpoints lie beside a SQLite store; with another database none are kept."""
+    return None if "://" in db else Path(f"{db}.checkpoints")
+
+
+def _named(campaign: Campaign, store: SqlStore, fresh: bool) -> Campaign:
+    """Return the campaign under the name it runs by: the newest of `name`, `name-2`, ... or, if fresh, the next."""
+    base, number = campaign.name, 1
+    while store.campaign(_numbered(base, number + 1)) is not None:
+        number += 1
+    if fresh and store.campaign(base) is not None:
+        number += 1
+    section = campaign.file.campaign.model_copy(update={"name": _numbered(base, number)})
+    return replace(campaign, file=campaign.file.model_copy(update={"campaign": section}))
+
+
+def _numbered(base: str, number: int) -> str:
+    return base if number == 1 else f"{base}-{number}"
+
+
+def _more_to_do(campaign: Campaign, store: SqlStore, state: CampaignState) -> bool:
+    """Whether a finished campaign's budget was raised since."""
+    return state.stop_reason == "iterations" and store.spent(state.id).iterations < campaign.file.budget.iterations
+
+
+def _finished_line(state: CampaignState) -> str:
+    why = f"campaign `{state.name}` is finished ({state.stop_reason})"
+    return f"{why}; raise its budget to go on, or start anew with `--fresh`"
+
+
+def _summary(store: SqlStore, name: str, db: str) -> None:
+    """Print the best change, its gain, what the holdout said, and the SQL to see more."""
+    state = store.campaign(name)
+    assert state is not None
+    if state.best_attempt_id is None:
+        click.echo("Nothing was kept: no change beat the baseline beyond its noise.")
+    else:
+        best = store.attempt(state.best_attempt_id)
+        kept = [a for a in store.recent(state.id, 10_000) if a.outcome == "kept"]
+        gain = "" if best.gain is None else f", gain {_gain(state, best.gain)}"
+        click.echo(
+            f"Best: {best.knob} = {best.new_value} in turn {best.iteration}{gain} over {best.trials} trials "
+            f"({len(kept)} kept in all)"
+        )
+    looked = store.last_event(state.id, "holdout_measured")
+    if looked is not None:
+        holdout = looked[1]
+        low, high = (_gain(state, float(str(holdout[key]))) for key in ("gain_low", "gain_high"))
+        total = _gain(state, float(str(holdout["gain"])))
+        click.echo(f"Locked holdout: winner against first baseline {total} (95% interval {low} to {high})")
+    where = "" if db == "overnight.db" else f" --db {db}"
+    click.echo(
+        f"See more: overnight sql{where} \"select * from iterations where campaign = '{name}' order by gain desc\""
+    )
+
+
+def _gain(state: CampaignState, gain: float) -> str:
+    metric = state.spec["metric"]
+    assert isinstance(metric, dict)
+    return f"{gain:+.2%}" if metric["gain"] == "relative" else f"{gain:+.4g}"
+
+
+@click.command()
+@click.argument("campaign")
+@db_option
+def pause(campaign: str, db: str) -> None:
+    """Ask a running CAMPAIGN to pause after its current turn."""
+    store = SqlStore.open(db)
+    try:
+        state = campaign_in(store, campaign)
+        if state.lease_owner is None:
+            click.echo(f"campaign `{state.name}` is not running ({state.status})", err=True)
+            raise SystemExit(1)
+        store.request(state.id, "pause_requested", {})
+        click.echo(f"asked `{state.name}` to pause after its current turn", err=True)
+    finally:
+        store.close()
+
+
+@click.command()
+@click.argument("campaign")
+@click.argument("change", metavar="KNOB=VALUE")
+@click.option("--reason", default="asked by a person", help="Kept with the attempt.")
+@db_option
+def enqueue(campaign: str, change: str, reason: str, db: str) -> None:
+    """Put your own proposal next in CAMPAIGN, under the same rails."""
+    knob, equals, text = change.partition("=")
+    if not equals or not knob.strip():
+        raise InputError(f"`{change}` is not KNOB=VALUE; give, say, lr=0.001")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    store = SqlStore.open(db)
+    try:
+        state = campaign_in(store, campaign)
+        knobs = state.spec["knobs"]
+        assert isinstance(knobs, dict)
+        if knob.strip() not in knobs:
+            raise InputError(f"campaign `{state.name}` has no knob `{knob.strip()}`; it has {', '.join(knobs)}")
+        store.request(state.id, "enqueued", {"knob": knob.strip(), "new_value": value, "reason": reason})
+        click.echo(f"queued for `{state.name}`: {knob.strip()} = {value}", err=True)
+    finally:
+        store.close()
+
+
+@click.command()
+@click.argument("campaign", required=False)
+@db_option
+@format_option
+def status(campaign: str | None, db: str, form: str) -> None:
+    """Say where CAMPAIGN stands, or every campaign."""
+    store = SqlStore.open(db)
+    try:
+        names = [campaign_in(store, campaign).name] if campaign else store.campaigns()
+        columns, rows = STATUS_COLUMNS, [_status_row(store, name) for name in names]
+        if form == "table" and campaign and rows:
+            for column, value in zip(columns, rows[0], strict=True):
+                click.echo(f"{column:18} {'' if value is None else value}")
+        else:
+            print_rows(columns, rows, form)
+    finally:
+        store.close()
+
+
+STATUS_COLUMNS = (
+    "campaign", "status", "turn", "turns", "stage", "kept", "best_metric", "best_gain", "since_keep", "trial_hours",
+    "energy_kwh", "running_since", "running_as", "stop_reason",
+)  # fmt: skip
+
+
+def _status_row(store: SqlStore, name: str) -> list[object]:
+    state = store.campaign(name)
+    assert state is not None
+    position, spent = store.next_stage(state.id), store.spent(state.id)
+    best = None if state.best_attempt_id is None else store.attempt(state.best_attempt_id)
+    budget = state.spec["budget"]
+    assert isinstance(budget, dict)
+    alive = state.lease_owner is not None
+    stage = position.stage if state.environment_hash is not None else "calibrate"
+    return [
+        name,
+        state.status if alive or state.status != "running" else "stopped (run it again to go on)",
+        position.iteration - (0 if position.attempt_id else 1),
+        budget["iterations"],
+        stage if state.status != "finished" else None,
+        sum(total.kept for total in store.pair_totals(state.id)),
+        best.metric if best else None,
+        best.gain if best else None,
+        spent.since_keep,
+        round(spent.trial_hours, 4),
+        round(spent.energy_kwh, 4),
+        state.lease_since if alive else None,
+        state.lease_owner,
+        state.stop_reason,
+    ]

@@ -1,0 +1,270 @@
+"""The typed events of a campaign, and the one stream that carries them.
+
+Progress display, log, notifications and the store's `events` table all consume this stream. A consumer that raises is
+logged and left alone: watching a campaign never stops it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from overnight.store.hashing import JsonValue
+from overnight.store.records import FailureClass, KnobValue, Outcome, Purpose, TrainerKind
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of every event."""
+
+    kind: ClassVar[str]
+    recorded: ClassVar[bool] = False
+    """Whether it gets a row in `events`; what attempts and trials already tell does not."""
+    campaign: str
+
+    def payload(self) -> dict[str, JsonValue]:
+        """The event's own fields as plain data."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "campaign"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """A process began to run the campaign, or went on with it."""
+
+    kind: ClassVar[str] = "run_started"
+    recorded: ClassVar[bool] = True
+    iteration: int
+    """The turn that comes next."""
+    budget: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated(Event):
+    """The baseline was measured on several seeds."""
+
+    kind: ClassVar[str] = "calibrated"
+    recorded: ClassVar[bool] = True
+    trainer_kind: TrainerKind
+    baseline_metric: float
+    noise_sd: float | None
+    trials: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentChanged(Event):
+    """Trials run in another environment than before; the baseline is measured again."""
+
+    kind: ClassVar[str] = "environment_changed"
+    recorded: ClassVar[bool] = True
+    changed: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnStarted(Event):
+    """A proposer is being asked."""
+
+    kind: ClassVar[str] = "turn_started"
+    iteration: int
+    try_no: int
+    proposer: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposalFailed(Event):
+    """A proposer did not answer."""
+
+    kind: ClassVar[str] = "proposal_failed"
+    iteration: int
+    try_no: int
+    proposer: str
+    failure: FailureClass
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocked(Event):
+    """The rails blocked a proposal."""
+
+    kind: ClassVar[str] = "blocked"
+    iteration: int
+    try_no: int
+    rail: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted(Event):
+    """The rails let a proposal through; it will be measured."""
+
+    kind: ClassVar[str] = "accepted"
+    iteration: int
+    proposer: str
+    knob: str
+    old_value: KnobValue
+    new_value: KnobValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStarted(Event):
+    """A trial begins."""
+
+    kind: ClassVar[str] = "trial_started"
+    iteration: int | None
+    purpose: Purpose
+    number: int
+    of: int
+    """At most this many in this series."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStepped(Event):
+    """A running trial took a step."""
+
+    kind: ClassVar[str] = "trial_stepped"
+    step: int
+    steps: int | None
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialFinished(Event):
+    """A trial ended."""
+
+    kind: ClassVar[str] = "trial_finished"
+    iteration: int | None
+    purpose: Purpose
+    metric: float | None
+    failure: FailureClass | None
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided(Event):
+    """A turn is over."""
+
+    kind: ClassVar[str] = "decided"
+    iteration: int
+    proposer: str
+    knob: str | None
+    new_value: str | None
+    outcome: Outcome
+    metric: float | None
+    gain: float | None
+    failure: FailureClass | None
+    rail: str | None
+    trials: int
+    explanation: str
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridRefined(Event):
+    """Every legal change was tried; ranges are gridded finer."""
+
+    kind: ClassVar[str] = "grid_refined"
+    recorded: ClassVar[bool] = True
+    refinement: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutMeasured(Event):
+    """The first baseline and the winner were measured on the locked holdout, once."""
+
+    kind: ClassVar[str] = "holdout_measured"
+    recorded: ClassVar[bool] = True
+    baseline_metric: float
+    metric: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutSkipped(Event):
+    """The holdout was not measured, and why."""
+
+    kind: ClassVar[str] = "holdout_skipped"
+    recorded: ClassVar[bool] = True
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused(Event):
+    """The campaign stopped on request; `overnight run` goes on with it."""
+
+    kind: ClassVar[str] = "paused"
+    recorded: ClassVar[bool] = True
+    iteration: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The campaign is over."""
+
+    kind: ClassVar[str] = "finished"
+    recorded: ClassVar[bool] = True
+    iterations: int
+    stop_reason: str
+
+
+@runtime_checkable
+class Hooks(Protocol):
+    """A consumer of the stream."""
+
+    def on_event(self, event: Event) -> None:
+        """Take one event; must return soon."""
+        ...
+
+
+class EventStream:
+    """Hands each event to every consumer, in order, and to LangGraph's stream where a graph is running."""
+
+    def __init__(self, hooks: Sequence[Hooks]) -> None:
+        self._hooks = list(hooks)
+
+    def emit(self, event: Event) -> None:
+        """Send an event."""
+        _write_to_graph(event)
+        for hook in self._hooks:
+            try:
+                hook.on_event(event)
+            except Exception:  # a consumer is somebody else's code: logged, never fatal
+                LOG.exception("a hook failed on `%s`", event.kind)
+
+
+def _write_to_graph(event: Event) -> None:
+    from langgraph.config import get_stream_writer
+
+    try:
+        writer = get_stream_writer()
+    except RuntimeError:  # not inside a graph: calibration from `doctor`, say
+        return
+    writer({"event": event.kind, "campaign": event.campaign, **event.payload()})
+
+
+class EventBuffer:
+    """The consumer behind the `events` table: keeps what is to be recorded until the next transaction takes it."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[str, Mapping[str, JsonValue], int | None]] = []
+
+    def on_event(self, event: Event) -> None:
+        """Keep an event that gets a row."""
+        if event.recorded:
+            payload = event.payload()
+            iteration = payload.get("iteration")
+            self._pending.append((event.kind, payload, iteration if isinstance(iteration, int) else None))
+
+    def take(self) -> list[tuple[str, Mapping[str, JsonValue], int | None]]:
+        """Return what waits, and forget it."""
+        taken, self._pending = self._pending, []
+        return taken

@@ -1,0 +1,112 @@
+"""The end of a campaign: one look at the locked holdout, and the last word in the store.
+
+First baseline and winner are measured on the same fresh seeds, once. The gain is reported with its 95% interval,
+whatever it says; a second look is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from overnight.agent.decide import gain_scale
+from overnight.agent.events import Finished, HoldoutMeasured, HoldoutSkipped
+from overnight.agent.measure import calibration_seeds, run_trial, series_of, stored_trials
+from overnight.agent.runtime import Runtime
+from overnight.store.protocol import CampaignState
+from overnight.store.records import Config
+from overnight.trainer.noise import Spread
+
+HOLDOUT_SEEDS = 5
+"""Pairs behind the interval: 4 degrees of freedom."""
+SEED_OFFSET = 500
+"""Holdout seeds start so far after the calibration's, so that no decision ever used one."""
+CONFIDENCE = 0.95
+
+
+def finish(runtime: Runtime, state: CampaignState, reason: str, iterations: int) -> None:
+    """Measure the holdout where there is something to measure, and record why the campaign stopped.
+
+    Raises:
+        PauseRequested: a pause was asked for between two trials; the look goes on at the next run.
+    """
+    skipped = _why_not(runtime, state) or _measure_holdout(runtime, state)
+    if skipped is not None:
+        runtime.emit(HoldoutSkipped(campaign=runtime.name, reason=skipped))
+    runtime.emit(Finished(campaign=runtime.name, iterations=iterations, stop_reason=reason))
+    with runtime.writing() as writer:
+        writer.status("finished", reason)
+
+
+def winner(runtime: Runtime, state: CampaignState) -> Config | None:
+    """Return the configuration that the campaign ends with, or None when nothing was kept."""
+    if state.best_attempt_id is None:
+        return None
+    config_id = runtime.store.attempt(state.best_attempt_id).config_id
+    assert config_id is not None
+    return runtime.store.config_of(config_id)
+
+
+def _why_not(runtime: Runtime, state: CampaignState) -> str | None:
+    looked = runtime.store.last_event(state.id, "holdout_measured")
+    if looked is not None:
+        return f"the holdout was looked at on {looked[0]}; a second look is refused"
+    if winner(runtime, state) is None:
+        return "nothing was kept, so there is nothing to compare; the holdout stays locked"
+    if runtime.info is None or not runtime.info.has_holdout:
+        return "the trainer has no holdout"
+    return None
+
+
+def _measure_holdout(runtime: Runtime, state: CampaignState) -> str | None:
+    """Run the pairs and report the gain; return why it could not be done."""
+    best = winner(runtime, state)
+    assert best is not None
+    seeds = [calibration_seeds(runtime)[0] + SEED_OFFSET + i for i in range(HOLDOUT_SEEDS)]
+    measured = []
+    for part, config in enumerate((runtime.campaign.menu.default, best)):
+        metrics = _series(runtime, state, config, seeds, part)
+        if isinstance(metrics, str):
+            return metrics
+        measured.append(metrics)
+    runtime.emit(_verdict(runtime, measured[0], measured[1]))
+    return None
+
+
+def _series(
+    runtime: Runtime, state: CampaignState, config: Config, seeds: list[int], part: int
+) -> dict[int, float] | str:
+    with runtime.writing() as writer:
+        config_id = writer.config(config)
+    for number, seed in enumerate(seeds, 1 + part * len(seeds)):
+        stored = series_of(stored_trials(runtime, state, config_id, split="holdout"))
+        if seed in stored.metrics:
+            continue
+        result = run_trial(
+            runtime, config, seed, purpose="holdout", split="holdout", number=number, of=2 * len(seeds),
+            replicate=stored.last_replicate.get(seed, -1) + 1,
+        )  # fmt: skip
+        if result.failure is not None:
+            return f"a holdout trial failed ({result.failure})"
+    metrics = series_of(stored_trials(runtime, state, config_id, split="holdout")).metrics
+    return {seed: metrics[seed] for seed in seeds}
+
+
+def _verdict(runtime: Runtime, baseline: Mapping[int, float], candidate: Mapping[int, float]) -> HoldoutMeasured:
+    """Return the paired gain with its interval by Student's t."""
+    from scipy.special import stdtrit
+
+    settings = runtime.campaign.decision
+    sign = (1 if settings.direction == "max" else -1) / gain_scale(baseline, settings.gain)
+    gains = [sign * (candidate[seed] - baseline[seed]) for seed in baseline]
+    mean, n = math.fsum(gains) / len(gains), len(gains)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * Spread.from_values(gains).sd / math.sqrt(n)
+    return HoldoutMeasured(
+        campaign=runtime.name,
+        baseline_metric=math.fsum(baseline.values()) / n,
+        metric=math.fsum(candidate.values()) / n,
+        gain=mean,
+        gain_low=mean - half,
+        gain_high=mean + half,
+        seeds=n,
+    )

@@ -1,0 +1,236 @@
+"""Running a campaign to its end or to a pause: the loop around the graph.
+
+One pass of the loop is one graph invocation, one turn. Signals and requests to pause are seen between trials; what was
+committed is never lost, so stopping the process at any moment is safe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from overnight.agent.campaign import Campaign, frozen_part
+from overnight.agent.events import Hooks, Paused, RunStarted
+from overnight.agent.proposers.protocol import Proposer, ProposerContext
+from overnight.agent.proposers.registry import build_proposers
+from overnight.agent.runtime import Runtime
+from overnight.rails.gate import Rail
+from overnight.store.errors import CampaignError
+from overnight.store.protocol import TrajectoryStore
+from overnight.trainer.protocol import Trainer, TrainerContext
+from overnight.trainer.registry import trainer_class
+from overnight.trainer.worker import WorkerTrainer
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+
+ABORT_AFTER = 2
+"""A second signal ends the process at once: what was committed is there."""
+
+
+@dataclass
+class PauseSwitch:
+    """Collects reasons to pause: signals, and requests from other processes."""
+
+    reason: str | None = None
+    signals: int = 0
+    on_signal: Callable[[str], None] = field(default=lambda _name: None)
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """Handle SIGINT or SIGTERM: pause after the current trial; a second one ends the process."""
+        self.signals += 1
+        name = signal.Signals(number).name
+        if self.signals >= ABORT_AFTER:
+            raise KeyboardInterrupt
+        self.reason = name
+        self.on_signal(name)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle signals inside the block, and put the old handlers back after it."""
+        before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    stop_reason: str
+    """`paused`, or the budget that ended the campaign."""
+    finished: bool
+
+
+def cache_folder() -> Path:
+    """Return where token files and converted models are kept between campaigns."""
+    return Path(os.environ.get("OVERNIGHT_CACHE") or platformdirs.user_cache_dir("overnight"))
+
+
+def open_runtime(
+    campaign: Campaign,
+    store: TrajectoryStore,
+    *,
+    trainer: Trainer | None = None,
+    proposers: Mapping[str, Proposer] | None = None,
+    rails: Sequence[Rail] = (),
+    hooks: Sequence[Hooks] = (),
+) -> Runtime:
+    """Build what a campaign needs that the caller did not bring; starts no process and opens no data.
+
+    Raises:
+        CampaignError: a trainer or proposer setting is wrong, or a key changed that may not change.
+    """
+    check_frozen(campaign, store)
+    runtime: Runtime
+
+    def idle() -> None:
+        runtime.idle()
+
+    hosted = None if trainer is not None else host_trainer(campaign, idle)
+    context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
+    runtime = Runtime(
+        campaign=campaign,
+        store=store,
+        trainer=trainer or _present(hosted),
+        proposers=proposers if proposers is not None else build_proposers(campaign.file.proposers, context),
+        extra_rails=rails,
+        hooks=hooks,
+        free_memory=hosted.free_memory if hosted else lambda: None,
+    )
+    return runtime
+
+
+def _present(hosted: WorkerTrainer | None) -> WorkerTrainer:
+    assert hosted is not None
+    return hosted
+
+
+def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
+    """Return the campaign's trainer in a worker process of its own, its settings checked.
+
+    Raises:
+        CampaignError: the trainer is not installed, or a setting or a knob is wrong.
+    """
+    settings = campaign.file.trainer
+    context = TrainerContext(
+        campaign_dir=campaign.folder,
+        cache_dir=cache_folder(),
+        knobs={knob.name: knob.type for knob in campaign.menu.knobs},
+        metric=campaign.file.metric.name,
+    )
+    name = campaign.file.campaign.trainer
+    try:
+        trainer_class(name).from_settings(settings, context)
+    except CampaignError as error:
+        raise CampaignError(f"{campaign.path}: {error}") from error
+    return WorkerTrainer(name, settings, context, idle=idle)
+
+
+def check_frozen(campaign: Campaign, store: TrajectoryStore) -> None:
+    """Refuse a file whose frozen keys differ from those the campaign began with.
+
+    Raises:
+        CampaignError: names the first key that changed.
+    """
+    state = store.campaign(campaign.name)
+    if state is None or state.frozen_hash == campaign.frozen_hash():
+        return
+    before, now = frozen_part(state.spec), campaign.frozen()
+    key = next((key for key in now if before.get(key) != now[key]), "campaign")
+    raise CampaignError(
+        f"{campaign.path}: `{key}` changed since campaign `{campaign.name}` began, so old and new trials do not "
+        "compare; put it back, or start anew with `--fresh`"
+    )
+
+
+def next_until(text: str, now: datetime) -> datetime:
+    """Return the next local time `HH:MM` after `now`."""
+    hour, minute = map(int, text.split(":"))
+    at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return at if at > now else at + timedelta(days=1)
+
+
+def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: PauseSwitch | None = None) -> RunResult:
+    """Run turns until the campaign ends or pauses.
+
+    Args:
+        runtime: the campaign with its parts; closed by the caller.
+        checkpoints: a SQLite file for LangGraph's checkpoints; None: none are kept.
+        switch: collects reasons to pause.
+
+    Raises:
+        LeaseHeldError: another process runs the campaign.
+        CampaignError, TrainerError, StoreError: as the nodes do; the position is kept.
+    """
+    from overnight.agent.graph import turn_graph
+
+    switch = switch or PauseSwitch()
+    runtime.pause_wanted = lambda: switch.reason
+    _start(runtime)
+    with _checkpointer(checkpoints) as saver:
+        graph = turn_graph(runtime).compile(checkpointer=saver)
+        config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
+        while True:
+            if saver is not None:
+                saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
+            output = graph.invoke({"campaign": runtime.name}, config, durability="exit" if saver else None)
+            state = runtime.state()
+            if state.status == "finished":
+                return RunResult(state.stop_reason or "iterations", finished=True)
+            if switch.reason is None and runtime.store.pause_requested(state.id):
+                switch.reason = "asked by `overnight pause`"
+            reason = output.get("stop_reason")
+            if switch.reason is not None or reason is not None:
+                return _pause(runtime, switch.reason or "the turns asked for are done")
+
+
+def _start(runtime: Runtime) -> None:
+    state = runtime.state()
+    # A file that changed where it may is recorded before anything runs with it.
+    campaign = runtime.campaign
+    runtime.store.open_campaign(
+        name=campaign.name,
+        path=str(campaign.path),
+        spec=campaign.spec(),
+        frozen_hash=campaign.frozen_hash(),
+        knobs_on_menu=len(campaign.menu.knobs),
+    )
+    position = runtime.store.next_stage(state.id)
+    budget = campaign.file.budget.iterations
+    runtime.emit(RunStarted(campaign=runtime.name, iteration=position.iteration, budget=budget, pid=os.getpid()))
+    with runtime.writing() as writer:
+        writer.status("running")
+
+
+def _pause(runtime: Runtime, reason: str) -> RunResult:
+    position = runtime.store.next_stage(runtime.state().id)
+    runtime.emit(Paused(campaign=runtime.name, iteration=position.iteration, reason=reason))
+    with runtime.writing() as writer:
+        writer.status("paused", reason)
+    return RunResult("paused", finished=False)
+
+
+@contextmanager
+def _checkpointer(path: Path | None) -> Iterator[BaseCheckpointSaver[str] | None]:
+    """Open the checkpoint file; one that is unusable is set aside, since the store knows the position."""
+    if path is None:
+        yield None
+        return
+    from langgraph.checkpoint.sqlite import SqliteSaver
+
+    with SqliteSaver.from_conn_string(str(path)) as saver:
+        yield saver

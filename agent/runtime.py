@@ -1,0 +1,201 @@
+"""What every node of one running campaign shares: the store under its lease, the trainer, the proposers, the events.
+
+A runtime belongs to one process and is not shared between threads that write. It holds no history: what it caches is
+either fixed for the life of the process (the trainer's answers about a configuration) or keyed by the attempt it
+belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from overnight.agent.campaign import Campaign
+from overnight.agent.events import Event, EventBuffer, EventStream, Hooks
+from overnight.agent.proposers.protocol import Proposer
+from overnight.rails.capability import CapabilityRail
+from overnight.rails.gate import NoveltyRail, Rail
+from overnight.store.errors import CampaignError
+from overnight.store.hashing import digest
+from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore
+from overnight.store.records import Config, TrainerInfo
+from overnight.store.writer import trainer_hash
+from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
+from overnight.trainer.protocol import Trainer
+
+RENEW_EVERY_S = 20.0
+"""How often a long trial renews the lease: six times before another machine takes its holder for dead."""
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """One campaign being run by this process."""
+
+    campaign: Campaign
+    store: TrajectoryStore
+    trainer: Trainer
+    proposers: Mapping[str, Proposer]
+    extra_rails: Sequence[Rail] = ()
+    hooks: Sequence[Hooks] = ()
+    free_memory: Callable[[], int | None] = lambda: None
+    """Bytes that a trial may take now, or None where nobody can tell."""
+    pause_wanted: Callable[[], str | None] = lambda: None
+    """Why the campaign should pause before its next trial, or None."""
+    clock: Callable[[], float] = time.time
+    deadline: float | None = None
+    """When `budget.until` comes, in seconds since the epoch."""
+    iterations: int | None = None
+    """Stop after this many turns in all, if that is before the budget's end."""
+    info: TrainerInfo | None = None
+    """The prepared trainer; set by the `calibrate` node."""
+    lease: Lease | None = None
+    _buffer: EventBuffer = field(default_factory=EventBuffer)
+    _renewed_at: float = 0.0
+    _noise: tuple[int, Noise | None] | None = None
+    _capability: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.events = EventStream([self._buffer, *self.hooks])
+
+    @property
+    def name(self) -> str:
+        """The campaign's name."""
+        return self.campaign.name
+
+    def emit(self, event: Event) -> None:
+        """Send an event to everyone who watches."""
+        self.events.emit(event)
+
+    def state(self) -> CampaignState:
+        """Return where the campaign stands, made in the store if it is new.
+
+        Raises:
+            CampaignError: a key changed that may not change between runs.
+        """
+        state = self.store.campaign(self.name)
+        if state is None:
+            file = self.campaign
+            state = self.store.open_campaign(
+                name=file.name,
+                path=str(file.path),
+                spec=file.spec(),
+                frozen_hash=file.frozen_hash(),
+                knobs_on_menu=len(file.menu.knobs),
+            )
+        return state
+
+    @contextmanager
+    def writing(self) -> Iterator[StoreWriter]:
+        """One transaction under the lease, taken if this process has not got it; waiting events go with it."""
+        lease = self.lease or self._acquire()
+        with self.store.writing(lease) as writer:
+            yield writer
+            for kind, payload, iteration in self._buffer.take():
+                writer.event(kind, payload, iteration=iteration)
+
+    def _acquire(self) -> Lease:
+        self.lease = self.store.acquire(self.state().id)
+        return self.lease
+
+    def idle(self) -> None:
+        """Called about every second while a trial runs: shows that this writer is alive."""
+        now = time.monotonic()
+        if self.lease is not None and now - self._renewed_at > RENEW_EVERY_S:
+            self.store.renew(self.lease)
+            self._renewed_at = now
+
+    def close(self) -> None:
+        """Give the lease back and close what was opened."""
+        if self.lease is not None:
+            self.store.release(self.lease)
+            self.lease = None
+        self.trainer.close()
+        for proposer in self.proposers.values():
+            proposer.close()
+
+    def draw_seed(self, purpose: str, iteration: int, try_no: int = 0) -> int:
+        """Return the seed of one random draw: fixed by the campaign's seed, the turn, the try and what it is for."""
+        key = f"{self.campaign.file.campaign.seed}/{iteration}/{try_no}/{purpose}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+
+    def draw_unit(self, purpose: str, iteration: int) -> float:
+        """Return a number in [0, 1) drawn as `draw_seed` says."""
+        return self.draw_seed(purpose, iteration) / 2**48
+
+    @property
+    def trainer_hash(self) -> str:
+        """Content address of the prepared trainer with its data."""
+        return trainer_hash(self._prepared())
+
+    @property
+    def environment_hash(self) -> str:
+        """Content address of the environment that trials run in."""
+        return digest(self._prepared().environment)
+
+    def _prepared(self) -> TrainerInfo:
+        if self.info is None:
+            raise CampaignError(f"campaign `{self.name}`: the trainer is not prepared; run the `calibrate` node first")
+        return self.info
+
+    def noise_for(self, state: CampaignState, attempt_id: int) -> Noise | None:
+        """Return the noise that decisions on `attempt_id` work with: calibration and the audits before it."""
+        if self._noise is None or self._noise[0] != attempt_id:
+            self._noise = (attempt_id, self._estimate_noise(state, attempt_id))
+        return self._noise[1]
+
+    def _estimate_noise(self, state: CampaignState, attempt_id: int) -> Noise | None:
+        where = {"trainer_hash": self.trainer_hash, "environment_hash": self.environment_hash}
+        seeds = self.store.seed_spread(state.id, **where)
+        if seeds.df < 1:
+            return None
+        calibration = Spread(seeds.ss, seeds.df)
+        if state.trainer_kind == "unseeded":
+            return trial_noise(calibration)
+        audits = self.store.audit_spread(state.id, **where, before_attempt_id=attempt_id)
+        return paired_noise(calibration, Spread(audits.ss, audits.df), max(audits.baseline_df, 1))
+
+    def rails(self, state: CampaignState) -> list[Rail]:
+        """Return the rails after `R5_diff`, in order, less those that the campaign skips."""
+        rails: list[Rail] = [NoveltyRail(lambda config: self.earlier(state, [config])[0]), self.capability()]
+        skipped = set(self.campaign.file.rails.skip)
+        return [rail for rail in (*rails, *self.extra_rails) if rail.id not in skipped]
+
+    def capability(self) -> CapabilityRail:
+        """Return rail `R7_capability` over this trainer; its answers about a configuration are remembered."""
+        return CapabilityRail(
+            unsupported=lambda config: _remember(self._capability, config, self.trainer.unsupported),
+            estimate_memory=self.trainer.estimate_memory,
+            free_memory=self.free_memory,
+        )
+
+    def earlier(self, state: CampaignState, configs: Sequence[Config]) -> list[str | None]:
+        """Say for each configuration what became of it, or None where the decision rule is not done with it."""
+        ids = [digest(config) for config in configs]
+        found = self.store.earlier(state.id, ids)
+        first = digest(self.campaign.menu.default)
+        return [
+            result_in_words(found[config_id])
+            if config_id in found
+            else "it was the first baseline"
+            if config_id == first and state.baseline_config_id not in (None, first)
+            else None
+            for config_id in ids
+        ]
+
+
+def _remember(cache: dict[str, str | None], config: Config, ask: Callable[[Config], str | None]) -> str | None:
+    key = digest(config)
+    if key not in cache:
+        cache[key] = ask(config)
+    return cache[key]
+
+
+def result_in_words(attempt: Attempt) -> str:
+    """Say what became of a measured configuration, for rails and people."""
+    if attempt.outcome == "failed":
+        return f"it failed in turn {attempt.iteration} ({attempt.failure})"
+    gain = "" if attempt.gain is None else f" with a gain of {attempt.gain:+.4g}"
+    return f"it was {attempt.outcome} in turn {attempt.iteration}{gain} over {attempt.trials} trials"

@@ -1,0 +1,155 @@
+"""Whose turn it is, what it may propose, and what it is told.
+
+The order: a person's request, the warm-up (each knob once), an exploring turn for the least tried knobs, the champion.
+Everything is derived from the store and from draws that the campaign's seed fixes, so that a resumed campaign plans
+what an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from overnight.agent.proposers.protocol import Proposer, Rejection
+from overnight.agent.proposers.uniform import RandomProposer
+from overnight.agent.runtime import Runtime
+from overnight.rails.gate import Candidate, Proposal
+from overnight.rails.menu import Change
+from overnight.store.hashing import JsonValue
+from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
+from overnight.store.protocol import MAX_TRIES, Attempt, CampaignState, PairTotal, Position
+from overnight.store.records import Config
+
+FALLBACK_NAME = "random"
+"""What a fallback is called where the campaign names no proposer of kind `random`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Who proposes on one try, and why."""
+
+    role: str
+    proposer: Proposer
+    knobs: tuple[str, ...] | None = None
+    """Only these knobs, or any."""
+    request: tuple[int, Mapping[str, JsonValue]] | None = None
+    """A person's proposal, by the id of its event."""
+
+
+def plan_turn(runtime: Runtime, state: CampaignState, position: Position, totals: Sequence[PairTotal]) -> Turn:
+    """Return who proposes at `position`."""
+    earlier = runtime.store.attempts_of_turn(state.id, position.iteration) if position.try_no > 1 else ()
+    if position.try_no >= MAX_TRIES or any(attempt.outcome == "failed" for attempt in earlier):
+        return Turn("fallback", fallback(runtime))
+    requests = runtime.store.pending_requests(state.id)
+    if requests and position.try_no == 1:
+        return Turn("request", champion(runtime), request=requests[0])
+    router, tried = runtime.campaign.file.router, _tries(runtime, totals)
+    if router.warmup:
+        untouched = tuple(knob for knob, count in tried.items() if count == 0)
+        if untouched:
+            return Turn("warmup", fallback(runtime), knobs=untouched)
+    if runtime.draw_unit("explore", position.iteration) < router.explore:
+        least = min(tried.values())
+        return Turn("explore", fallback(runtime), knobs=tuple(knob for knob, count in tried.items() if count == least))
+    return Turn("champion", champion(runtime))
+
+
+def champion(runtime: Runtime) -> Proposer:
+    """Return the proposer that has the turn."""
+    return runtime.proposers[runtime.campaign.champion]
+
+
+def fallback(runtime: Runtime) -> Proposer:
+    """Return the uniform proposer: the campaign's own, or one made here."""
+    uniform = (proposer for proposer in runtime.proposers.values() if isinstance(proposer, RandomProposer))
+    return next(uniform, None) or RandomProposer(FALLBACK_NAME)
+
+
+def _tries(runtime: Runtime, totals: Sequence[PairTotal]) -> dict[str, int]:
+    tried = dict.fromkeys(runtime.campaign.menu.by_name, 0)
+    for total in totals:
+        if total.knob in tried:
+            tried[total.knob] += total.proposed
+    return tried
+
+
+def open_moves(runtime: Runtime, state: CampaignState, baseline: Config) -> tuple[Change, ...]:
+    """Return the legal one-knob changes that every rail would let through now, in the menu's order."""
+    menu = runtime.campaign.menu
+    moves = list(menu.moves(baseline, refinement=state.refinement))
+    configs = [menu.apply(baseline, move) for move in moves]
+    if "R6_novelty" not in runtime.campaign.file.rails.skip:
+        done = runtime.earlier(state, configs)
+        moves = [move for move, words in zip(moves, done, strict=True) if words is None]
+    rails = [rail for rail in runtime.rails(state) if rail.id != "R6_novelty"]
+    return tuple(move for move in moves if not any(rail.check(_candidate(runtime, baseline, move)) for rail in rails))
+
+
+def _candidate(runtime: Runtime, baseline: Config, move: Change) -> Candidate:
+    menu = runtime.campaign.menu
+    return Candidate(menu, baseline, Proposal(move.knob, move.value, ""), menu.apply(baseline, move))
+
+
+def narrowed(moves: tuple[Change, ...], knobs: tuple[str, ...] | None) -> tuple[Change, ...]:
+    """Return the moves of some knobs, or all where those have none left."""
+    if knobs is None:
+        return moves
+    return tuple(move for move in moves if move.knob in knobs) or moves
+
+
+def rejections(runtime: Runtime, state: CampaignState, position: Position) -> tuple[Rejection, ...]:
+    """Return this turn's blocked replies, first to last."""
+    if position.try_no == 1:
+        return ()
+    tries = runtime.store.attempts_of_turn(state.id, position.iteration)
+    return tuple(
+        Rejection(attempt.reply or "", attempt.rail, attempt.rail_reason or "") for attempt in tries if attempt.rail
+    )
+
+
+def turn_prompt(
+    runtime: Runtime,
+    state: CampaignState,
+    *,
+    baseline: Config,
+    baseline_metric: float | None,
+    totals: Sequence[PairTotal],
+    turns: int,
+) -> str:
+    """Render the prompt of a turn, whoever proposes."""
+    file, menu = runtime.campaign.file, runtime.campaign.menu
+    recent = runtime.store.recent(state.id, file.prompt.recent) if file.prompt.recent else ()
+    noise = runtime.noise_for(state, 2**62) if recent else None
+    gain_sd = None
+    if noise is not None and baseline_metric:
+        gain_sd = noise.sd / abs(baseline_metric) if file.metric.gain == "relative" else noise.sd
+    return render_prompt(
+        PromptFacts(
+            metric=file.metric.name,
+            direction=file.metric.direction,
+            gain=file.metric.gain,
+            min_gain=file.decision.min_gain,
+            knobs=[KnobFact(knob.name, knob.describe(), knob.doc) for knob in menu.knobs],
+            rules=[f"{rule.rule}" + (f" ({rule.doc})" if rule.doc else "") for rule in menu.constraints],
+            brief=runtime.campaign.read_brief(),
+            config=baseline,
+            baseline_metric=baseline_metric,
+            turns=turns,
+            totals=totals,
+            gain_sd=gain_sd,
+            recent=[without_forgery(attempt) for attempt in recent],
+            lineage=file.prompt.lineage,
+        )
+    )
+
+
+def without_forgery(attempt: Attempt) -> Attempt:
+    """Return an attempt whose knob and value are shown only where they are on the menu."""
+    return attempt if attempt.rail not in ("R1_schema", "R2_menu", "R3_range") else replace(attempt, knob=None)
+
+
+def request_reply(payload: Mapping[str, JsonValue]) -> str:
+    """Return a person's queued proposal as a reply for the rails."""
+    return json.dumps({key: payload.get(key) for key in ("knob", "new_value", "reason")}, ensure_ascii=False)

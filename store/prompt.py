@@ -1,0 +1,226 @@
+"""The one renderer of prompts: what a proposer is told, whoever it is, as text that is stored byte for byte.
+
+First comes what never changes in a campaign (task, knobs, rules), so that scoring and training can reuse it; then the
+brief, the current configuration, the summary of all history, and the last attempts. Text that a model or a trainer
+wrote is quoted as JSON on one line and cut, so that it cannot forge a section. The length is bounded by construction
+(characters, not tokens: about 1,600 tokens at most for the menu of 13 knobs), whatever the length of history.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from overnight.store.protocol import Attempt, PairTotal
+from overnight.store.records import Config, Direction, GainKind
+
+MAX_BRIEF_CHARS = 900
+MAX_LINEAGE_CHARS = 1_500
+MAX_QUOTE_CHARS = 90
+
+
+@dataclass(frozen=True, slots=True)
+class KnobFact:
+    """A knob as the prompt shows it."""
+
+    name: str
+    values: str
+    doc: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFacts:
+    """Everything a prompt says."""
+
+    metric: str
+    direction: Direction
+    gain: GainKind
+    min_gain: float
+    knobs: Sequence[KnobFact]
+    rules: Sequence[str]
+    brief: str
+    config: Config
+    baseline_metric: float | None
+    turns: int
+    totals: Sequence[PairTotal]
+    gain_sd: float | None
+    """Standard deviation of one paired gain; None where it is not known yet."""
+    recent: Sequence[Attempt]
+    """Newest first."""
+    lineage: bool
+
+
+def render_prompt(facts: PromptFacts) -> str:
+    """Return the prompt for one turn."""
+    return render_constant(facts) + render_variable(facts)
+
+
+def render_constant(facts: PromptFacts) -> str:
+    """Return the part that is the same in every prompt of a campaign."""
+    better = "lower" if facts.direction == "min" else "higher"
+    threshold = f"{facts.min_gain:.2%}" if facts.gain == "relative" else f"{facts.min_gain:g}"
+    knobs = "\n".join(f"- {k.name}: {k.values}" + (f" ({k.doc})" if k.doc else "") for k in facts.knobs)
+    rules = "\n".join(f"- {rule}" for rule in facts.rules)
+    return f"""# Task
+You tune a short training run. Propose ONE change of ONE knob of the current configuration.
+Your change is measured, and kept if `{facts.metric}` ({better} is better) improves by {threshold} or more.
+Answer with one JSON object and nothing else:
+{{"knob": "<name>", "new_value": <value>, "reason": "<why, in one short sentence>"}}
+
+# Knobs
+{knobs}
+
+# Rules
+- Change exactly one knob, to a value that it takes.
+- Do not repeat a configuration that was measured: look at the history.
+{rules}
+"""
+
+
+def render_variable(facts: PromptFacts) -> str:
+    """Return the part that changes from turn to turn."""
+    parts = []
+    if facts.brief:
+        parts.append("# Brief\n" + _brief(facts.brief))
+    measured = "" if facts.baseline_metric is None else f"\nIts {facts.metric} is {facts.baseline_metric:.5g}."
+    parts.append(f"# Current configuration\n{json.dumps(dict(facts.config))}{measured}")
+    if facts.lineage:
+        parts.append("# History\n" + _lineage(facts))
+    if facts.recent:
+        lines = [_attempt_line(attempt, facts) for attempt in facts.recent]
+        parts.append("# Last attempts, newest first\n" + "\n".join(lines))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def quote(text: str, limit: int = MAX_QUOTE_CHARS) -> str:
+    """Return untrusted text as one line of JSON, cut to `limit` characters."""
+    flat = " ".join(text.split())
+    return json.dumps(flat if len(flat) <= limit else flat[: limit - 1] + "…", ensure_ascii=False)
+
+
+def _brief(brief: str) -> str:
+    text = brief.strip()
+    cut = text if len(text) <= MAX_BRIEF_CHARS else text[: MAX_BRIEF_CHARS - 1] + "…"
+    return "\n".join(f"> {line}".rstrip() for line in cut.splitlines())
+
+
+def _lineage(facts: PromptFacts) -> str:
+    if not facts.totals:
+        return "Nothing was tried yet."
+    by_knob: dict[str, list[PairTotal]] = {knob.name: [] for knob in facts.knobs}
+    for total in facts.totals:
+        if total.knob in by_knob:
+            by_knob[total.knob].append(total)
+    tried = {knob: _merged(totals) for knob, totals in by_knob.items() if totals}
+    kept = sum(total.kept for total in facts.totals)
+    header = f"{facts.turns} turns, {kept} kept. Mean gain of each value tried (trials)"
+    header += " ± standard error:" if facts.gain_sd is not None else ":"
+    lines, dropped = _fit(tried, facts)
+    if dropped:
+        lines.append(f"({dropped} less informative values left out)")
+    untouched = [knob for knob, totals in by_knob.items() if not totals]
+    if untouched:
+        lines.append("- never tried: " + ", ".join(untouched))
+    return "\n".join([header, *lines])
+
+
+def _merged(totals: Iterable[PairTotal]) -> list[PairTotal]:
+    """Put numbers that agree to two significant digits together."""
+    groups: dict[str, list[PairTotal]] = {}
+    for total in totals:
+        groups.setdefault(_short(total.new_value), []).append(total)
+    return [_sum(label, group) for label, group in groups.items()]
+
+
+def _short(value: str) -> str:
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return value if number.is_integer() and abs(number) < 1e6 else f"{number:.2g}"
+
+
+def _sum(label: str, group: Sequence[PairTotal]) -> PairTotal:
+    failures = [total.last_failure for total in group if total.last_failure]
+    return PairTotal(
+        knob=group[0].knob,
+        new_value=label,
+        proposed=sum(total.proposed for total in group),
+        kept=sum(total.kept for total in group),
+        reverted=sum(total.reverted for total in group),
+        blocked=sum(total.blocked for total in group),
+        failed=sum(total.failed for total in group),
+        trials=sum(total.trials for total in group),
+        gain_sum=sum(total.gain_sum for total in group),
+        last_failure=failures[-1] if failures else None,
+    )
+
+
+def _fit(tried: Mapping[str, list[PairTotal]], facts: PromptFacts) -> tuple[list[str], int]:
+    """Render each knob's most informative values; return the lines and how many values were left out."""
+    share = MAX_LINEAGE_CHARS // max(len(tried), 1)
+    lines, dropped = [], 0
+    for knob, totals in tried.items():
+        proposed = sum(total.proposed for total in totals)
+        head = f"- {knob}, tried {proposed}x: "
+        chosen: list[PairTotal] = []
+        room = share - len(head)
+        for total in sorted(totals, key=_informative, reverse=True):
+            room -= len(_value(total, facts)) + 2
+            if room < 0 and chosen:
+                break
+            chosen.append(total)
+        dropped += len(totals) - len(chosen)
+        lines.append(head + "; ".join(_value(total, facts) for total in sorted(chosen, key=_by_value)))
+    return lines, dropped
+
+
+def _informative(total: PairTotal) -> tuple[int, float, int]:
+    gain = total.gain_sum / total.trials if total.trials else float("-inf")
+    return (total.kept, gain, total.trials)
+
+
+def _by_value(total: PairTotal) -> tuple[float, str]:
+    try:
+        return (float(total.new_value), "")
+    except ValueError:
+        return (0.0, total.new_value)
+
+
+def _value(total: PairTotal, facts: PromptFacts) -> str:
+    words = []
+    if total.trials:
+        words.append(_gain(total.gain_sum / total.trials, facts.gain))
+        if facts.gain_sd is not None:
+            error = facts.gain_sd / total.trials**0.5
+            words.append(f"±{error * 100:.2f}" if facts.gain == "relative" else f"±{error:.2g}")
+        words.append(f"({total.trials})")
+    if total.failed:
+        words.append(f"failed {total.last_failure or ''}".strip() + (f" {total.failed}x" if total.failed > 1 else ""))
+    if not words and total.blocked:
+        words.append("blocked")
+    if total.kept:
+        words.append("kept")
+    return f"{total.new_value} {' '.join(words)}".strip()
+
+
+def _gain(gain: float, kind: GainKind) -> str:
+    return f"{gain:+.2%}" if kind == "relative" else f"{gain:+.3g}"
+
+
+def _attempt_line(attempt: Attempt, facts: PromptFacts) -> str:
+    what = f"{attempt.knob} = {attempt.new_value}" if attempt.knob else "no valid proposal"
+    came: list[str] = [attempt.outcome or "open"]
+    if attempt.gain is not None:
+        came.append(_gain(attempt.gain, facts.gain))
+    elif attempt.failure:
+        came.append(attempt.failure)
+    elif attempt.rail:
+        came.append(attempt.rail)
+    line = f"- turn {attempt.iteration}: {what}: {' '.join(came)}"
+    if attempt.reason:
+        line += f"; reason {quote(attempt.reason)}"
+    if attempt.notes:
+        line += f"; notes {quote(attempt.notes)}"
+    return line
