@@ -30,7 +30,7 @@ AUDIT_SHARE = 0.05
 """Share of turns, drawn before screening, whose candidate is also measured on `AUDIT_SEEDS`, whatever it shows."""
 AUDIT_SEEDS = range(1_000_000, 1_000_005)
 """Candidate and baseline are both measured here in an audit, and no decision looks here: a baseline whose trials
-scatter stays longer, so noise estimated from the trials that decide is too large by several percent (benchmarks/LOG.md).
+scatter stays longer, so noise estimated from the trials that decide is several percent too large (benchmarks/LOG.md).
 A kept candidate's audit trials serve it as a baseline; each baseline needs them once."""
 IMPROBABLE = 0.2
 """A candidate is dropped when the predictive probability of a keep falls below this: the largest power for which a
@@ -224,9 +224,9 @@ def _points(n: int, df: int, correlation: float) -> tuple[NDArray[np.float64], N
 
     The calibrated trials are also the baseline's half of the pairs, so a pool that is too small by chance tends to
     come with own residuals that are. In each direction of their common places the calibrated trials have
-    `correlation` with the pairs; along the pairs' own residuals that makes a noncentral square, across them chi-squares.
+    `correlation` with the pairs: along the pairs' own residuals that makes a shifted square, across them chi-squares.
 
-    The points are the additive recurrence of Roberts (2018), on the generalised golden ratio: the same on every machine.
+    The points are the additive recurrence of Roberts (2018), on the generalised golden ratio: the same everywhere.
     """
     import numpy as np
     from scipy.special import gammaincinv, ndtri
