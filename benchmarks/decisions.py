@@ -31,6 +31,10 @@ from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+BaselineMode = Literal["rolling", "fixed"]
+Shape = Literal["normal", "t3"]
+MODES: tuple[BaselineMode, ...] = ("rolling", "fixed")
+SHAPES: tuple[Shape, ...] = ("normal", "t3")
 Rows = list[dict[str, Any]]
 HERE = Path(__file__).parent
 AUDITED = len(AUDIT_SEEDS)
@@ -43,9 +47,9 @@ FIRST_CAMPAIGN = 2.75
 class World:
     """A kind of campaign. One trial of the baseline has standard deviation 1."""
 
-    baseline: Literal["rolling", "fixed"] = "fixed"
+    baseline: BaselineMode = "fixed"
     calibration: int = 5
-    shape: Literal["normal", "t3"] = "normal"
+    shape: Shape = "normal"
     excess: float = 1.0
     """A candidate's trial sd over the first baseline's."""
     compound: bool = False
@@ -339,7 +343,7 @@ def must_hold(campaigns: int, seed: int) -> Rows:
     """False keeps under the null in every combination that issue 4 names, `single_shot` beside it."""
     rows: Rows = []
     for audit, baseline, calibration, shape, excess in product(
-        (0.0, AUDIT_SHARE), ("rolling", "fixed"), (3, 5, 10), ("normal", "t3"), (1.0, 2.0)
+        (0.0, AUDIT_SHARE), MODES, (3, 5, 10), SHAPES, (1.0, 2.0)
     ):
         world = World(baseline=baseline, calibration=calibration, shape=shape, excess=excess, audit_share=audit)
         ours = simulate(world, confirmed, campaigns, 50, seed)
@@ -384,7 +388,7 @@ def power_curves(campaigns: int, seed: int) -> Rows:
 def alternatives(campaigns: int, seed: int) -> Rows:
     """Every rule in the default campaign, fixed and rolling."""
     rows: Rows = []
-    for (name, rule), baseline in product(RULES.items(), ("rolling", "fixed")):
+    for (name, rule), baseline in product(RULES.items(), MODES):
         null = simulate(World(baseline=baseline), rule, campaigns, 50, seed)
         # Power of a fixed baseline: in a rolling campaign a rule that keeps noise changes what it compares with.
         power = [simulate(World(gain=gain), rule, campaigns // 2, 50, seed).power for gain in GAINS]
@@ -490,8 +494,13 @@ def report(results: dict[str, Any]) -> str:
 def draw_power(rules: Rows) -> str:
     """Keeps against the true gain, a line for each rule, as SVG; at gain 0 stand the false keeps."""
     colours = ("#0b6e4f", "#c1292e", "#e08e45", "#7a5195", "#555555", "#999999")
-    x = lambda gain: 60 + 120 * gain  # noqa: E731
-    y = lambda share: 320 - 280 * share  # noqa: E731
+
+    def x(gain: float) -> float:
+        return 60 + 120 * gain
+
+    def y(share: float) -> float:
+        return 320 - 280 * share
+
     out = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 380" font-family="sans-serif" font-size="13">',
         '<rect width="780" height="380" fill="white"/>',
