@@ -20,7 +20,7 @@ AUDITED_EXCESS = 1.25
 """How far a candidate's paired noise may exceed what audits found on average over random candidates.
 
 Audits include the noisy candidates, so the excess is over a mixture: with a share q of candidates twice as noisy it is
-sqrt(5 / (2 + 3 q)), and the error per proposal stays below alpha for the shares tried (benchmarks/decisions.md); that of
+sqrt(5 / (2 + 3 q)); the error per proposal stays below alpha for the shares tried (benchmarks/decisions.md), that of
 a rare noisy candidate among quiet ones reaches 2 alpha.
 """
 UNSEEDED_RATIO = 0.25
