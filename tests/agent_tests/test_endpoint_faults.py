@@ -184,6 +184,7 @@ def test_a_name_lookup_that_hangs_ends_in_time(monkeypatch: pytest.MonkeyPatch):
         with ends_in_time(), pytest.raises(ProposerError) as caught:
             proposer_for("http://slow-name.example/v1").propose(example_ask())
         assert caught.value.failure == "llm_timeout"
+        assert endpoint_threads() == ["overnight-name-lookup"]
     finally:
         let_go.set()
     wait_until(lambda: endpoint_threads() == [], what="end of the lookup")

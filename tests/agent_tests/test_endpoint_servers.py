@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -88,6 +89,12 @@ class TestVllm:
         proposer = proposer_for(vllm_url, deadline_s=300.0, structured="json_schema", max_tokens=200)
         said = json.loads(proposer.propose(ask).reply)
         assert (said["knob"], said["new_value"]) == ("precision", "bf16")
+
+    def test_a_prompt_that_does_not_fit_is_an_error(self, vllm_url: str):
+        ask = replace(example_ask(), prompt="word " * 9000)
+        with pytest.raises(ProposerError, match="status 400") as caught:
+            proposer_for(vllm_url, deadline_s=300.0).propose(ask)
+        assert caught.value.failure == "llm_error"
 
     def test_an_unknown_model_is_an_error(self, vllm_url: str):
         with pytest.raises(ProposerError, match="status 404") as caught:
