@@ -1,6 +1,8 @@
 """Free memory is what a trial may really take: within the container, less a reserve, at most what was asked."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -37,3 +39,30 @@ def test_a_container_without_a_limit_is_the_machine(tmp_path: Path, limit: str) 
 
 def test_a_full_container_has_nothing_free(tmp_path: Path) -> None:
     assert system_free(container(tmp_path, "1000", current=1000)) == 0
+
+
+def fake_torch(*, integrated: bool) -> SimpleNamespace:
+    """Return what is asked of torch on a device with 80 GiB, 50 of them free and 6 in torch's own cache.
+
+    A stand-in: no test machine has unified memory, and few have a device at all.
+    """
+    return SimpleNamespace(
+        cuda=SimpleNamespace(
+            is_available=lambda: True,
+            current_device=lambda: 0,
+            get_device_properties=lambda device: SimpleNamespace(is_integrated=int(integrated)),
+            mem_get_info=lambda: (50 * GIB, 80 * GIB),
+            memory_reserved=lambda: 7 * GIB,
+            memory_allocated=lambda: 1 * GIB,
+        )
+    )
+
+
+def test_on_a_device_it_is_what_the_device_has_free_with_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(integrated=False))
+    assert free_memory(None) == 56 * GIB - RESERVE_MAX
+
+
+def test_where_device_and_host_share_memory_it_is_the_system_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(integrated=True))
+    assert free_memory(None) == pytest.approx(system_free(), rel=0.2)
