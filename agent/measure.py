@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overnight.agent.decide import Verdict, judge, seed_order
+from overnight.agent.decide import AUDIT_SEEDS, Verdict, judge, seed_order
 from overnight.agent.events import TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
 from overnight.store.protocol import Attempt, CampaignState, NewTrial, Trial
@@ -134,23 +134,41 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     """Judge a candidate from its stored trials; asking again after a crash gives the same answer."""
     assert attempt.config_id is not None
     assert attempt.baseline_config_id is not None
-    own = series_of([t for t in runtime.store.trials_of_attempt(attempt.id) if t.config_id == attempt.config_id])
-    trials = stored_trials(runtime, state, attempt.baseline_config_id)
-    baseline = series_of(trials)
+    trials = _own_trials(runtime, attempt)
+    baseline_trials = stored_trials(runtime, state, attempt.baseline_config_id)
+    own, baseline = series_of(_looks(trials)), series_of(_looks(baseline_trials))
     failed = own.failure or baseline.failure
     if failed is not None:
         return Standing(None, own, baseline, None, failed.failure, failed.trace or "")
     settings = runtime.campaign.decision
     # What this attempt itself adds to the baseline must not change the order that it began with.
-    before = sorted(series_of([trial for trial in trials if trial.attempt_id != attempt.id]).metrics)
+    before = sorted(series_of(_looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
     order = seed_order(before or calibration_seeds(runtime), attempt.iteration, settings.max_trials)
     noise = runtime.noise_for(state, attempt.id)
     kind = state.trainer_kind or "noisy"
     verdict = judge(own.metrics, baseline.metrics, order, noise=noise, settings=settings, kind=kind)
-    unmeasured = [seed for seed in order if seed not in own.metrics or seed not in baseline.metrics]
-    audited = attempt.audit and settings.rule == "confirmed"
-    next_seed = verdict.seed if verdict.action == "measure" else unmeasured[0] if audited and unmeasured else None
-    return Standing(verdict, own, baseline, next_seed)
+    if verdict.action == "measure":
+        return Standing(verdict, own, baseline, verdict.seed)
+    if attempt.audit and settings.rule == "confirmed":
+        return Standing(verdict, own, baseline, _next_audit(series_of(trials), series_of(baseline_trials)))
+    return Standing(verdict, own, baseline, None)
+
+
+def _own_trials(runtime: Runtime, attempt: Attempt) -> list[Trial]:
+    """Return the trials of the candidate itself; an attempt may also have paid for some of its baseline's."""
+    return [trial for trial in runtime.store.trials_of_attempt(attempt.id) if trial.config_id == attempt.config_id]
+
+
+def _looks(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that decisions look at: all but the audits'."""
+    return [trial for trial in trials if trial.seed not in AUDIT_SEEDS]
+
+
+def _next_audit(own: Series, baseline: Series) -> int | None:
+    """Return the next seed of an audit; one that failed is over, and changes no decision."""
+    if own.failure or baseline.failure:
+        return None
+    return next((s for s in AUDIT_SEEDS if s not in own.metrics or s not in baseline.metrics), None)
 
 
 def calibration_seeds(runtime: Runtime) -> list[int]:
@@ -170,22 +188,33 @@ def measure_candidate(runtime: Runtime, state: CampaignState, attempt: Attempt) 
     of = runtime.campaign.decision.max_trials
     while True:
         now = standing(runtime, state, attempt)
-        seed = now.next_seed
-        if seed is None:
+        if now.next_seed is None:
             return now
-        if seed not in now.baseline.metrics:
-            config = runtime.store.config_of(attempt.baseline_config_id)
-            purpose: Purpose = "baseline"
-            replicate = now.baseline.last_replicate.get(seed, -1) + 1
-        else:
-            config = runtime.store.config_of(attempt.config_id)
-            purpose = _purpose(now)
-            replicate = now.candidate.last_replicate.get(seed, -1) + 1
         number = len(now.candidate.metrics) + 1
-        run_trial(runtime, config, seed, purpose=purpose, attempt=attempt, replicate=replicate, number=number, of=of)
+        _run_next(runtime, state, attempt, now, number=number, of=of)
 
 
-def _purpose(now: Standing) -> Purpose:
-    if not now.candidate.metrics:
-        return "screening"
-    return "confirmation" if now.verdict is not None and now.verdict.action == "measure" else "audit"
+def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Standing, *, number: int, of: int) -> None:
+    """Run the next trial: the baseline's half of the pair first, where it lacks the seed."""
+    assert attempt.config_id is not None
+    assert attempt.baseline_config_id is not None
+    seed = now.next_seed
+    assert seed is not None
+    audit = seed in AUDIT_SEEDS
+    baseline = series_of(stored_trials(runtime, state, attempt.baseline_config_id))
+    if seed not in baseline.metrics:
+        config_id, series = attempt.baseline_config_id, baseline
+        purpose: Purpose = "audit" if audit else "baseline"
+    else:
+        config_id, series = attempt.config_id, series_of(_own_trials(runtime, attempt))
+        purpose = "audit" if audit else "confirmation" if now.candidate.metrics else "screening"
+    run_trial(
+        runtime,
+        runtime.store.config_of(config_id),
+        seed,
+        purpose=purpose,
+        attempt=attempt,
+        replicate=series.last_replicate.get(seed, -1) + 1,
+        number=number,
+        of=of,
+    )

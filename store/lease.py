@@ -39,14 +39,15 @@ def acquire(connection: Connection, campaign_id: int) -> Lease:
         CampaignRow.lease_since,
         CampaignRow.lease_seen_at,
     )
-    row = connection.execute(select(*columns).where(CampaignRow.id == campaign_id)).one()
-    if row.lease_owner and is_alive(row.lease_owner, row.lease_seen_at):
+    row = connection.execute(select(*columns).where(CampaignRow.id == campaign_id).with_for_update()).one()
+    owner = this_process()
+    if row.lease_owner not in (None, owner) and is_alive(row.lease_owner, row.lease_seen_at):
         host, pid, _ = row.lease_owner.rsplit(":", 2)
         raise LeaseHeldError(
             f"campaign `{row.name}` is being run by process {pid} on {host} since {row.lease_since}; "
             f"`overnight pause {row.name}` stops it after its current trial"
         )
-    owner, now = this_process(), utc_now()
+    now = utc_now()
     values = {"lease_epoch": row.lease_epoch + 1, "lease_owner": owner, "lease_since": now, "lease_seen_at": now}
     connection.execute(update(CampaignRow).where(CampaignRow.id == campaign_id).values(values))
     return Lease(campaign_id, row.lease_epoch + 1, owner)
@@ -59,7 +60,9 @@ def check(connection: Connection, lease: Lease) -> None:
         LeaseLostError: another process took it.
     """
     columns = CampaignRow.name, CampaignRow.lease_epoch, CampaignRow.lease_owner
-    row = connection.execute(select(*columns).where(CampaignRow.id == lease.campaign_id)).one()
+    # FOR SHARE on PostgreSQL: nobody takes the lease between this look and the commit. SQLite's one writer needs none.
+    query = select(*columns).where(CampaignRow.id == lease.campaign_id).with_for_update(read=True)
+    row = connection.execute(query).one()
     if row.lease_epoch != lease.epoch or row.lease_owner != lease.owner:
         holder = row.lease_owner or "nobody"
         raise LeaseLostError(f"campaign `{row.name}` was taken over by {holder}; nothing more is written from here")

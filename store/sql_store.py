@@ -292,7 +292,7 @@ class SqlStore:
     ) -> SumOfSquares:
         """Return the noise of paired differences from attempts that were audited before another, in one environment.
 
-        An audited attempt is measured on all its seeds whatever they say, so none of its differences is selected.
+        Audit trials run on seeds of their own that no decision looks at, so none of the differences is selected.
         """
         base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
         query = (
@@ -319,6 +319,7 @@ class SqlStore:
                 AttemptRow.audit,
                 AttemptRow.stage == "decided",
                 AttemptRow.id < before_attempt_id,
+                candidate.c.purpose == "audit",
                 candidate.c.config_id == AttemptRow.config_id,
                 candidate.c.trainer_hash == trainer_hash,
                 candidate.c.environment_hash == environment_hash,

@@ -169,8 +169,9 @@ class SqlWriter:
                 ended_at=utc_now(),
             )
             .on_conflict_do_nothing()
+            .returning(TrialRow.id)
         )
-        if inserted.rowcount:
+        if inserted.first() is not None:
             self._campaign(
                 trial_s=CampaignRow.trial_s + result.wall_s,
                 trial_wh=CampaignRow.trial_wh + (result.energy_j or 0.0) / 3600,
