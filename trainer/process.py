@@ -213,7 +213,7 @@ class GuardedProcess:
                 self._guard.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 self._force(seen)
-        if self._ending is None or self._ending.kind == "lost":
+        if self._ending is None or self._ending.kind == "lost" or sys.platform != "linux":
             self._hunt()
         self._lifeline.close()
         for pipe in (self._guard.stdout, self._guard.stderr):
@@ -223,7 +223,7 @@ class GuardedProcess:
         return self._ending or Ending("lost")
 
     def _hunt(self) -> None:
-        """Kill what a guard that was killed left behind: whoever has the mark, wherever it went."""
+        """Kill whoever has the mark, wherever it went: what a killed guard left, or one that is no subreaper."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.pid != os.getpid() and self._mark in process.environ():

@@ -15,7 +15,8 @@ import json
 import math
 import random
 
-STEPS = 400
+STEPS = 200
+BATCH = 16
 NOISE = 0.1
 
 
@@ -37,17 +38,18 @@ def loss(weights: list[float], data: list[tuple[float, float]]) -> float:
 
 def train(config: dict[str, float], rng: random.Random, data: list[tuple[float, float]]) -> list[float]:
     """Fit the weights; the seed behind `rng` decides where they start and which points they see."""
-    weights = [rng.gauss(0, 0.1) for _ in range(int(config["degree"]) + 1)]
+    weights = [rng.gauss(0, 0.01) for _ in range(int(config["degree"]) + 1)]
     speed = [0.0] * len(weights)
     for step in range(1, STEPS + 1):
-        x, y = rng.choice(data)
-        error = predict(weights, x) - y
+        batch = [(x, predict(weights, x) - y) for x, y in rng.sample(data, BATCH)]
         for power in range(len(weights)):
-            gradient = 2 * error * x**power + config["weight_decay"] * weights[power]
+            gradient = sum(2 * error * x**power for x, error in batch) / BATCH
+            gradient += config["weight_decay"] * weights[power]
             speed[power] = config["momentum"] * speed[power] - config["lr"] * gradient
             weights[power] += speed[power]
         if step % 100 == 0:
-            print(json.dumps({"step": step, "steps": STEPS, "loss": error**2}))
+            loss_now = sum(error**2 for _, error in batch) / BATCH
+            print(json.dumps({"step": step, "steps": STEPS, "loss": loss_now}))
     return weights
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -383,11 +384,14 @@ class TestCommandTrainerConforms(TrainerConformance):
     config: ClassVar[Mapping[str, KnobValue]] = {"lr": 0.1}
 
 
+TUTORIAL = Path(__file__).parents[2] / "campaigns" / "command_example"
+
+
 class TestTheTutorialConforms(TrainerConformance):
     trainer_type = CommandTrainer
     metric = "val_mse"
     settings: ClassVar[Mapping[str, object]] = {
-        "command": ["{python}", "train.py", "--config", "{config}", "--seed", "{seed}", "--split", "{split}"],
-        "cwd": str(Path(__file__).parents[2] / "campaigns" / "command_example"),
+        **tomllib.loads((TUTORIAL / "campaign.toml").read_text())["trainer"],
+        "cwd": str(TUTORIAL),
     }
     config: ClassVar[Mapping[str, KnobValue]] = {"lr": 0.05, "momentum": 0.5, "degree": 4, "weight_decay": 0.0}

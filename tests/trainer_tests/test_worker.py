@@ -402,6 +402,7 @@ time.sleep(1e6)
 def test_sigkill_of_any_two_processes_leaves_nothing_running(tmp_path: Path, victims: tuple[str, ...]) -> None:
     (tmp_path / "family.py").write_text(FAMILY)
     control = subprocess.Popen([sys.executable, "-P", "-c", CONTROL, str(tmp_path)], stderr=subprocess.DEVNULL)
+    everybody: list[psutil.Process] = []
     try:
         below = psutil.Process(control.pid)
         wait_for(lambda: len(below.children(recursive=True)) == 6)
@@ -422,3 +423,6 @@ def test_sigkill_of_any_two_processes_leaves_nothing_running(tmp_path: Path, vic
     finally:
         control.kill()
         control.wait(timeout=20)
+        for process in everybody:
+            if process.is_running():
+                process.kill()
