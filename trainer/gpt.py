@@ -67,6 +67,8 @@ class GptTrainer:
         return self._ready
 
     def _get_ready(self) -> _Ready:
+        # Segments that grow leave no holes between trials of different shapes; read when torch first touches the GPU.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         from overnight.trainer.data import open_corpus, split
         from overnight.trainer.energy import Energy, find_meter
         from overnight.trainer.gpt_device import find_machine
@@ -120,8 +122,9 @@ class GptTrainer:
                 raise
             failure, trace = "oom", str(error)[-2000:]
         finally:
-            gc.collect()  # a failed trial's tensors hang on its traceback's frames
             ready.machine.empty_cache()
+        gc.collect()  # a failed trial's tensors hang on its traceback's frames
+        ready.machine.empty_cache()
         return TrialResult(
             metric=None,
             failure=failure,

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from overnight.store.errors import TrainerError
+from overnight.trainer.gpt_attention import find_attention
 from overnight.trainer.gpt_loop import EagerEngine, Engine
 from overnight.trainer.gpt_model import Shape, buffer_size
 from overnight.trainer.gpt_settings import EngineName, GptConfig
@@ -28,7 +29,7 @@ LOGIT_ROWS = 16384
 """Rows of logits that the fused mode holds at once."""
 VAL_BATCH_TOKENS = 16384
 """Tokens in one validation batch, whatever `batch_size` is."""
-FIXED_BYTES = GIB // 4
+FIXED_BYTES = GIB // 2
 """cuBLAS workspaces, sort buffers, statistics."""
 SLACK = 0.9
 """Share of the memory that a trial may plan to fill; the rest is for fragments and for the library's own buffers."""
@@ -198,6 +199,7 @@ class CudaMachine(Machine):
                 '`trainer.engine` = "fused" needs Triton; `pip install triton` or set `engine = "eager"`'
             )
         self._engine = "eager" if engine == "eager" or self._triton is None else "fused"
+        self._attention = find_attention(self._device) if self._engine == "fused" else "sdpa"
         self.gpu = str(properties.uuid)
         self._budget = (
             memory_gib * GIB if memory_gib is not None else self._free(unified=bool(properties.is_integrated))
@@ -206,6 +208,7 @@ class CudaMachine(Machine):
             "device": properties.name,
             "capability": ".".join(str(part) for part in self._capability),
             "engine": self._engine,
+            "attention": self._attention,
             "torch": torch.__version__,
             "cuda": str(torch.version.cuda),
             "triton": str(self._triton),
@@ -276,7 +279,9 @@ class CudaMachine(Machine):
         if self.mode(config) == "fused":
             from overnight.trainer.gpt_fused import FusedEngine
 
-            return FusedEngine(shape, config, seed=seed, device=self._device, micro_batch=micro_batch)
+            return FusedEngine(
+                shape, config, seed=seed, device=self._device, micro_batch=micro_batch, attention=self._attention
+            )
         bf16 = config.precision != "float32"
         return EagerEngine(shape, config, seed=seed, device=self._device, micro_batch=micro_batch, bf16=bf16)
 

@@ -37,13 +37,14 @@ class Fp8Products:
         self.gradient = GRADIENT_SCALE * tokens
         self._of_activation = torch.tensor(1 / self.activation, device=device)
         self._of_gradient = torch.tensor(1 / self.gradient, device=device)
-        self._of_weight: dict[str, Tensor] = {}
+        self._scales = torch.zeros(len(self._names), 4, device=device)  # cuBLASLt wants each at 16 bytes
+        self._of_weight = dict(zip(self._names, self._scales[:, 0].unbind(), strict=True))
         self.refresh()
 
     def refresh(self) -> None:
         """Take the weights as they are now."""
         highest = torch.stack(torch._foreach_norm(self._weights, float("inf"))).float()
-        self._of_weight = dict(zip(self._names, (highest / 448.0).unbind(), strict=True))
+        self._scales[:, 0] = highest / 448.0
         for name, weight, top in zip(self._names, self._weights, highest.unbind(), strict=True):
             kernels.quantise(weight, self._small[name], self._turned[name], top)
 

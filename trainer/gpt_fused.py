@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overnight.trainer import gpt_kernels as kernels
 from overnight.trainer import gpt_model
+from overnight.trainer.gpt_attention import Attended, AttentionName, attend
 from overnight.trainer.gpt_fp8 import Fp8Products
 from overnight.trainer.gpt_settings import GptConfig
 
 LOGIT_ROWS = 16384
 """Rows of logits that exist at once; `gpt_device` counts on it."""
 LAG = 2
-DETERMINISTIC = True
 
 
 @dataclass(slots=True)
@@ -37,7 +36,7 @@ class _Saved:
     x: Tensor
     statistics1: tuple[Tensor, Tensor]
     normed1: Tensor
-    qkv: Tensor
+    attended: Attended
     mixed: Tensor
     x2: Tensor
     statistics2: tuple[Tensor, Tensor]
@@ -50,8 +49,16 @@ class FusedEngine:
     """One trial on a GPU with hand-fused steps."""
 
     def __init__(
-        self, shape: gpt_model.Shape, config: GptConfig, *, seed: int, device: torch.device, micro_batch: int
+        self,
+        shape: gpt_model.Shape,
+        config: GptConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        micro_batch: int,
+        attention: AttentionName,
     ) -> None:
+        self._attention = attention
         self.mode = "fused"
         self.lag = LAG
         self._shape, self._config, self._device, self._micro_batch = shape, config, device, micro_batch
@@ -73,7 +80,6 @@ class FusedEngine:
         tokens = config.batch_size * config.seq_len
         self._fp8 = Fp8Products(self._weights, shape.n_layer, tokens) if config.precision == "fp8" else None
         self._host_losses = torch.empty(LAG + 2, pin_memory=True)
-        self._backends = attention_backends(device)
 
     @torch.no_grad()
     def train_step(self, batch: NDArray[np.int64], *, lr: float, count: int) -> Callable[[], float]:
@@ -132,7 +138,7 @@ class FusedEngine:
 
     def _forward(self, inputs: Tensor, saved: list[_Saved] | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return (residual stream, its last norm, that norm's statistics); fill `saved` for a backward pass."""
-        weights, batch = self._weights, inputs.shape
+        weights, batch, heads = self._weights, inputs.shape, self._shape.n_head
         training = saved is not None
         scale8 = self._fp8.activation if training and self._fp8 is not None else None
         x = (F.embedding(inputs, weights["tok"]) + weights["pos"][: batch[1]]).flatten(0, 1)
@@ -140,15 +146,15 @@ class FusedEngine:
         for i in range(self._shape.n_layer):
             x, normed1, small, statistics1 = self._norms[f"{i}.norm1"].forward(x, delta, small=scale8)
             qkv = self._product(f"{i}.qkv", normed1, small)
-            with torch.set_grad_enabled(training):
-                mixed = self._attention(qkv.requires_grad_(training), batch)
-            delta = mixed.detach().view_as(x) @ weights[f"{i}.out"].t()
+            attended = attend(qkv.view(*batch, 3, heads, -1), self._attention, training=training)
+            mixed = attended.out.detach().reshape(x.shape)
+            delta = mixed @ weights[f"{i}.out"].t()
             x2, normed2, small, statistics2 = self._norms[f"{i}.norm2"].forward(x, delta, small=scale8)
             up = self._product(f"{i}.up", normed2, small)
             inner, small = kernels.gelu(up, small=scale8)
             delta = self._product(f"{i}.down", inner, small)
             if saved is not None:
-                saved.append(_Saved(x, statistics1, normed1, qkv, mixed, x2, statistics2, normed2, up, inner))
+                saved.append(_Saved(x, statistics1, normed1, attended, mixed, x2, statistics2, normed2, up, inner))
             x = x2
         x, last, _, statistics = self._norms["norm"].forward(x, delta)
         return x, last, statistics
@@ -164,15 +170,6 @@ class FusedEngine:
             return grad @ self._weights[name]
         assert self._fp8 is not None
         return self._fp8.backward(name, small)
-
-    def _attention(self, qkv: Tensor, batch: torch.Size) -> Tensor:
-        heads = self._shape.n_head
-        query, key, value = qkv.view(*batch, 3, heads, -1).unbind(2)
-        with sdpa_kernel(self._backends, set_priority=True):
-            mixed = F.scaled_dot_product_attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
-            )
-        return mixed.transpose(1, 2).reshape(*batch, -1)
 
     def _block_backward(
         self, i: int, dx: Tensor, dx8: Tensor | None, saved: _Saved, batch: torch.Size
@@ -190,24 +187,14 @@ class FusedEngine:
             normed, saved.x2, saved.statistics2, dx, self._norm_grads(f"{i}.norm2"), small=scale8
         )
         mixed = self._gradient_product(f"{i}.out", dx, dx8)
-        torch.mm(dx.t(), saved.mixed.detach().view_as(dx), out=grads[f"{i}.out"])
-        qkv = self._attention_backward(saved, mixed.view(*batch, -1))
+        torch.mm(dx.t(), saved.mixed, out=grads[f"{i}.out"])
+        qkv = saved.attended.backward(mixed.view(*batch, self._shape.n_head, -1)).flatten(2).flatten(0, 1)
         torch.mm(qkv.t(), saved.normed1, out=grads[f"{i}.qkv"])
         normed = self._gradient_product(f"{i}.qkv", qkv, None)
         _, dx8 = self._norms[f"{i}.norm1"].backward(
             normed, saved.x, saved.statistics1, dx, self._norm_grads(f"{i}.norm1"), small=scale8
         )
         return dx8
-
-    def _attention_backward(self, saved: _Saved, grad: Tensor) -> Tensor:
-        """Return the gradient of the queries, keys and values, summed in a fixed order, so that trials repeat."""
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(DETERMINISTIC)
-        try:
-            (qkv,) = torch.autograd.grad(saved.mixed, saved.qkv, grad)
-        finally:
-            torch.use_deterministic_algorithms(before)
-        return qkv
 
     def _norm_grads(self, name: str) -> Tensor:
         """Return gain's and bias' gradients, which are neighbours in the buffer, as (2, width)."""
@@ -243,11 +230,3 @@ class FusedEngine:
     def wait(self) -> None:
         """Return when everything queued is done."""
         torch.cuda.synchronize(self._device)
-
-
-def attention_backends(device: torch.device) -> list[SDPBackend]:
-    """Return the attention kernels to try, best first."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if torch.cuda.get_device_capability(device) == (9, 0):
-        order.insert(0, SDPBackend.CUDNN_ATTENTION)
-    return order

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS_IN_FLIGHT = 4
+ROWS_IN_FLIGHT = 8
 """Programs on each multiprocessor in the norm's backward pass; each keeps partial sums for the gain and the bias."""
 
 
