@@ -70,7 +70,11 @@ class _Link:
         self._calls = 0
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self.process = GuardedProcess([*_COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            try:
+                self.process = GuardedProcess([*_COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            except OSError:
+                self._socket.close()
+                raise
         self._inbox = Inbox(self._socket)
         self.process.watch(self._socket.fileno())
 
