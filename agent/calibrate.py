@@ -112,7 +112,7 @@ def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
     noise_sd = Spread.from_values(calibrated).sd if len(calibrated) > 1 else None
     _check_resolvable(runtime, kind, dict(zip(calibration_seeds(runtime), calibrated, strict=True)))
     assert runtime.info is not None
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=True, changes_noise=True) as writer:
         writer.trainer(runtime.info, kind, noise_sd)
         writer.baseline(config_id)
     runtime.emit(

@@ -10,7 +10,6 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -306,7 +305,7 @@ def find_campaign(where: str | Path) -> Path:
 
 def bundled_campaigns() -> dict[str, Path]:
     """Return the campaigns that travel in the package, by name."""
-    root = Path(str(resources.files("overnight.campaigns")))
+    root = Path(__file__).parents[1] / "campaigns"
     return {path.parent.name: path for path in sorted(root.glob(f"*/{FILE_NAME}"))}
 
 

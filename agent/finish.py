@@ -34,7 +34,7 @@ def finish(runtime: Runtime, state: CampaignState, reason: str, iterations: int)
     if skipped is not None:
         runtime.emit(HoldoutSkipped(campaign=runtime.name, reason=skipped))
     runtime.emit(Finished(campaign=runtime.name, iterations=iterations, stop_reason=reason))
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=True) as writer:
         writer.status("finished", reason)
 
 

@@ -84,11 +84,13 @@ def run_trial(
     timeout_s = runtime.campaign.file.budget.trial_timeout_s
     result = runtime.trainer.run(TrialRequest(config, seed, split, timeout_s), report)
     with runtime.writing() as writer:
+        config_id = writer.config(config)
+        runtime.trials.pop((config_id, split), None)
         writer.trial(
             NewTrial(
                 attempt_id=None if attempt is None else attempt.id,
                 purpose=purpose,
-                config_id=writer.config(config),
+                config_id=config_id,
                 trainer_hash=runtime.trainer_hash,
                 environment_hash=runtime.environment_hash,
                 split=split,
@@ -111,7 +113,14 @@ def run_trial(
 
 
 def stored_trials(runtime: Runtime, state: CampaignState, config_id: str, *, split: Split = "val") -> Sequence[Trial]:
-    """Read a configuration's trials in the present environment, oldest first."""
+    """Read a configuration's trials in the present environment, oldest first; kept while this process runs."""
+    key = (config_id, split)
+    if key not in runtime.trials:
+        runtime.trials = {key: _read_trials(runtime, state, config_id, split)}
+    return runtime.trials[key]
+
+
+def _read_trials(runtime: Runtime, state: CampaignState, config_id: str, split: Split) -> Sequence[Trial]:
     where = {"trainer_hash": runtime.trainer_hash, "environment_hash": runtime.environment_hash}
     return runtime.store.trials_of(state.id, config_id, **where, split=split)
 
@@ -144,7 +153,7 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     # What this attempt itself adds to the baseline must not change the order that it began with.
     before = sorted(series_of(_looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
     order = seed_order(before or calibration_seeds(runtime), attempt.iteration, settings.max_trials)
-    noise = runtime.noise_for(state, attempt.id)
+    noise = runtime.noise(state)
     kind = state.trainer_kind or "noisy"
     verdict = judge(own.metrics, baseline.metrics, order, noise=noise, settings=settings, kind=kind)
     if verdict.action == "measure":

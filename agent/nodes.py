@@ -121,7 +121,7 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     moves = open_moves(runtime, campaign, baseline)
     if not moves:
         return _refine_or_finish(runtime, campaign)
-    totals = runtime.store.pair_totals(campaign.id)
+    totals = runtime.store.knob_totals(campaign.id)
     turn = plan_turn(runtime, campaign, position, totals)
     metrics = series_of(stored_trials(runtime, campaign, campaign.baseline_config_id)).metrics
     baseline_metric = math.fsum(metrics.values()) / len(metrics) if metrics else None
@@ -199,7 +199,7 @@ def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
         return {"stage": "finish", "stop_reason": "menu_exhausted"}
     refinement = campaign.refinement + 1
     runtime.emit(GridRefined(campaign=runtime.name, refinement=refinement))
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=True) as writer:
         writer.refined(refinement)
     return {"stage": "propose"}
 
@@ -342,7 +342,7 @@ def decide(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         explanation = now.verdict.explanation
     is_best = outcome == "kept" and _beats_best(runtime, campaign, now)
     rolling = runtime.campaign.file.campaign.baseline == "rolling"
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=outcome == "kept", changes_noise=attempt.audit) as writer:
         writer.decision(
             NewDecision(
                 attempt_id=attempt.id,

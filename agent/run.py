@@ -212,14 +212,14 @@ def _start(runtime: Runtime) -> None:
     position = runtime.store.next_stage(state.id)
     budget = campaign.file.budget.iterations
     runtime.emit(RunStarted(campaign=runtime.name, iteration=position.iteration, budget=budget, pid=os.getpid()))
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=True) as writer:
         writer.status("running")
 
 
 def _pause(runtime: Runtime, reason: str) -> RunResult:
     position = runtime.store.next_stage(runtime.state().id)
     runtime.emit(Paused(campaign=runtime.name, iteration=position.iteration, reason=reason))
-    with runtime.writing() as writer:
+    with runtime.writing(changes_campaign=True) as writer:
         writer.status("paused", reason)
     return RunResult("paused", finished=False)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from overnight.agent.campaign import Campaign
 from overnight.agent.events import Event, EventBuffer, EventStream, Hooks
@@ -20,12 +21,13 @@ from overnight.rails.capability import CapabilityRail
 from overnight.rails.gate import NoveltyRail, Rail
 from overnight.store.errors import CampaignError
 from overnight.store.hashing import digest
-from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore
-from overnight.store.records import Config, TrainerInfo
+from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore, Trial
+from overnight.store.records import Config, Split, TrainerInfo
 from overnight.store.writer import trainer_hash
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 from overnight.trainer.protocol import Trainer
 
+T = TypeVar("T")
 RENEW_EVERY_S = 20.0
 """How often a long trial renews the lease: six times before another machine takes its holder for dead."""
 
@@ -54,8 +56,13 @@ class Runtime:
     lease: Lease | None = None
     _buffer: EventBuffer = field(default_factory=EventBuffer)
     _renewed_at: float = 0.0
-    _noise: tuple[int, Noise | None] | None = None
-    _capability: dict[str, str | None] = field(default_factory=dict)
+    trials: dict[tuple[str, Split], Sequence[Trial]] = field(default_factory=dict)
+    """The baseline's trials as last read; the one writer of a campaign knows when they change."""
+    _state: CampaignState | None = None
+    _noise: Noise | None = None
+    _noise_known: bool = False
+    _unsupported: dict[str, str | None] = field(default_factory=dict)
+    _memory: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.events = EventStream([self._buffer, *self.hooks])
@@ -75,7 +82,7 @@ class Runtime:
         Raises:
             CampaignError: a key changed that may not change between runs.
         """
-        state = self.store.campaign(self.name)
+        state = self._state or self.store.campaign(self.name)
         if state is None:
             file = self.campaign
             state = self.store.open_campaign(
@@ -85,16 +92,25 @@ class Runtime:
                 frozen_hash=file.frozen_hash(),
                 knobs_on_menu=len(file.menu.knobs),
             )
+        # Nobody else writes while the lease is held, so what was read stays true until this process writes.
+        self._state = state if self.lease is not None else None
         return state
 
     @contextmanager
-    def writing(self) -> Iterator[StoreWriter]:
-        """One transaction under the lease, taken if this process has not got it; waiting events go with it."""
+    def writing(self, *, changes_campaign: bool = False, changes_noise: bool = False) -> Iterator[StoreWriter]:
+        """One transaction under the lease, taken if this process has not got it; waiting events go with it.
+
+        `changes_campaign` and `changes_noise` say what has to be read again after it.
+        """
         lease = self.lease or self._acquire()
         with self.store.writing(lease) as writer:
             yield writer
             for kind, payload, iteration in self._buffer.take():
                 writer.event(kind, payload, iteration=iteration)
+        if changes_campaign:
+            self._state = None
+        if changes_noise:
+            self._noise_known = False
 
     def _acquire(self) -> Lease:
         self.lease = self.store.acquire(self.state().id)
@@ -140,13 +156,13 @@ class Runtime:
             raise CampaignError(f"campaign `{self.name}`: the trainer is not prepared; run the `calibrate` node first")
         return self.info
 
-    def noise_for(self, state: CampaignState, attempt_id: int) -> Noise | None:
-        """Return the noise that decisions on `attempt_id` work with: calibration and the audits before it."""
-        if self._noise is None or self._noise[0] != attempt_id:
-            self._noise = (attempt_id, self._estimate_noise(state, attempt_id))
-        return self._noise[1]
+    def noise(self, state: CampaignState) -> Noise | None:
+        """Return the noise that decisions work with: calibration and the audits decided so far."""
+        if not self._noise_known:
+            self._noise, self._noise_known = self._estimate_noise(state), True
+        return self._noise
 
-    def _estimate_noise(self, state: CampaignState, attempt_id: int) -> Noise | None:
+    def _estimate_noise(self, state: CampaignState) -> Noise | None:
         where = {"trainer_hash": self.trainer_hash, "environment_hash": self.environment_hash}
         seeds = self.store.seed_spread(state.id, **where)
         if seeds.df < 1:
@@ -154,7 +170,7 @@ class Runtime:
         calibration = Spread(seeds.ss, seeds.df)
         if state.trainer_kind == "unseeded":
             return trial_noise(calibration)
-        audits = self.store.audit_spread(state.id, **where, before_attempt_id=attempt_id)
+        audits = self.store.audit_spread(state.id, **where)
         return paired_noise(calibration, Spread(audits.ss, audits.df), max(audits.baseline_df, 1))
 
     def rails(self, state: CampaignState) -> list[Rail]:
@@ -166,8 +182,8 @@ class Runtime:
     def capability(self) -> CapabilityRail:
         """Return rail `R7_capability` over this trainer; its answers about a configuration are remembered."""
         return CapabilityRail(
-            unsupported=lambda config: _remember(self._capability, config, self.trainer.unsupported),
-            estimate_memory=self.trainer.estimate_memory,
+            unsupported=lambda config: _remember(self._unsupported, config, self.trainer.unsupported),
+            estimate_memory=lambda config: _remember(self._memory, config, self.trainer.estimate_memory),
             free_memory=self.free_memory,
         )
 
@@ -186,7 +202,7 @@ class Runtime:
         ]
 
 
-def _remember(cache: dict[str, str | None], config: Config, ask: Callable[[Config], str | None]) -> str | None:
+def _remember(cache: dict[str, T], config: Config, ask: Callable[[Config], T]) -> T:
     key = digest(config)
     if key not in cache:
         cache[key] = ask(config)

@@ -18,7 +18,7 @@ from overnight.rails.gate import Candidate, Proposal
 from overnight.rails.menu import Change
 from overnight.store.hashing import JsonValue
 from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
-from overnight.store.protocol import MAX_TRIES, Attempt, CampaignState, PairTotal, Position
+from overnight.store.protocol import MAX_TRIES, Attempt, CampaignState, KnobTotal, Position
 from overnight.store.records import Config
 
 FALLBACK_NAME = "random"
@@ -37,7 +37,7 @@ class Turn:
     """A person's proposal, by the id of its event."""
 
 
-def plan_turn(runtime: Runtime, state: CampaignState, position: Position, totals: Sequence[PairTotal]) -> Turn:
+def plan_turn(runtime: Runtime, state: CampaignState, position: Position, totals: Sequence[KnobTotal]) -> Turn:
     """Return who proposes at `position`."""
     earlier = runtime.store.attempts_of_turn(state.id, position.iteration) if position.try_no > 1 else ()
     if position.try_no >= MAX_TRIES or any(attempt.outcome == "failed" for attempt in earlier):
@@ -67,12 +67,9 @@ def fallback(runtime: Runtime) -> Proposer:
     return next(uniform, None) or RandomProposer(FALLBACK_NAME)
 
 
-def _tries(runtime: Runtime, totals: Sequence[PairTotal]) -> dict[str, int]:
+def _tries(runtime: Runtime, totals: Sequence[KnobTotal]) -> dict[str, int]:
     tried = dict.fromkeys(runtime.campaign.menu.by_name, 0)
-    for total in totals:
-        if total.knob in tried:
-            tried[total.knob] += total.proposed
-    return tried
+    return tried | {total.knob: total.proposed for total in totals if total.knob in tried}
 
 
 def open_moves(runtime: Runtime, state: CampaignState, baseline: Config) -> tuple[Change, ...]:
@@ -115,13 +112,13 @@ def turn_prompt(
     *,
     baseline: Config,
     baseline_metric: float | None,
-    totals: Sequence[PairTotal],
+    totals: Sequence[KnobTotal],
     turns: int,
 ) -> str:
     """Render the prompt of a turn, whoever proposes."""
     file, menu = runtime.campaign.file, runtime.campaign.menu
     recent = runtime.store.recent(state.id, file.prompt.recent) if file.prompt.recent else ()
-    noise = runtime.noise_for(state, 2**62) if recent else None
+    noise = runtime.noise(state)
     gain_sd = None
     if noise is not None and baseline_metric:
         gain_sd = noise.sd / abs(baseline_metric) if file.metric.gain == "relative" else noise.sd

@@ -9,10 +9,11 @@ wrote is quoted as JSON on one line and cut, so that it cannot forge a section. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from overnight.store.protocol import Attempt, PairTotal
+from overnight.store.protocol import Attempt, KnobTotal, PairTotal
 from overnight.store.records import Config, Direction, GainKind
 
 MAX_BRIEF_CHARS = 900
@@ -43,7 +44,7 @@ class PromptFacts:
     config: Config
     baseline_metric: float | None
     turns: int
-    totals: Sequence[PairTotal]
+    totals: Sequence[KnobTotal]
     gain_sd: float | None
     """Standard deviation of one paired gain; None where it is not known yet."""
     recent: Sequence[Attempt]
@@ -106,27 +107,24 @@ def _brief(brief: str) -> str:
 
 
 def _lineage(facts: PromptFacts) -> str:
-    if not facts.totals:
+    by_knob = {total.knob: total for total in facts.totals}
+    tried = [by_knob[knob.name] for knob in facts.knobs if knob.name in by_knob]
+    if not tried:
         return "Nothing was tried yet."
-    by_knob: dict[str, list[PairTotal]] = {knob.name: [] for knob in facts.knobs}
-    for total in facts.totals:
-        if total.knob in by_knob:
-            by_knob[total.knob].append(total)
-    tried = {knob: _merged(totals) for knob, totals in by_knob.items() if totals}
-    kept = sum(total.kept for total in facts.totals)
-    header = f"{facts.turns} turns, {kept} kept. Mean gain of each value tried (trials)"
-    header += " ± standard error:" if facts.gain_sd is not None else ":"
+    kept = sum(total.kept for total in tried)
+    header = f"{facts.turns} turns, {kept} kept. Mean gain of each value tried"
+    header += " ± standard error (trials):" if facts.gain_sd is not None else " (trials):"
     lines, dropped = _fit(tried, facts)
     if dropped:
         lines.append(f"({dropped} less informative values left out)")
-    untouched = [knob for knob, totals in by_knob.items() if not totals]
+    untouched = [knob.name for knob in facts.knobs if knob.name not in by_knob]
     if untouched:
         lines.append("- never tried: " + ", ".join(untouched))
     return "\n".join([header, *lines])
 
 
 def _merged(totals: Iterable[PairTotal]) -> list[PairTotal]:
-    """Put numbers that agree to two significant digits together."""
+    """Put numbers that agree to two significant digits together, in the order of the best of each group."""
     groups: dict[str, list[PairTotal]] = {}
     for total in totals:
         groups.setdefault(_short(total.new_value), []).append(total)
@@ -143,6 +141,8 @@ def _short(value: str) -> str:
 
 def _sum(label: str, group: Sequence[PairTotal]) -> PairTotal:
     failures = [total.last_failure for total in group if total.last_failure]
+    trials = sum(total.trials for total in group)
+    weighted = math.fsum(total.mean_gain * total.trials for total in group if total.mean_gain is not None)
     return PairTotal(
         knob=group[0].knob,
         new_value=label,
@@ -151,34 +151,29 @@ def _sum(label: str, group: Sequence[PairTotal]) -> PairTotal:
         reverted=sum(total.reverted for total in group),
         blocked=sum(total.blocked for total in group),
         failed=sum(total.failed for total in group),
-        trials=sum(total.trials for total in group),
-        gain_sum=sum(total.gain_sum for total in group),
+        trials=trials,
+        mean_gain=weighted / trials if trials else None,
         last_failure=failures[-1] if failures else None,
     )
 
 
-def _fit(tried: Mapping[str, list[PairTotal]], facts: PromptFacts) -> tuple[list[str], int]:
+def _fit(tried: Sequence[KnobTotal], facts: PromptFacts) -> tuple[list[str], int]:
     """Render each knob's most informative values; return the lines and how many values were left out."""
-    share = MAX_LINEAGE_CHARS // max(len(tried), 1)
+    share = MAX_LINEAGE_CHARS // len(tried)
     lines, dropped = [], 0
-    for knob, totals in tried.items():
-        proposed = sum(total.proposed for total in totals)
-        head = f"- {knob}, tried {proposed}x: "
+    for knob in tried:
+        head = f"- {knob.knob}, tried {knob.proposed}x: "
         chosen: list[PairTotal] = []
         room = share - len(head)
-        for total in sorted(totals, key=_informative, reverse=True):
+        merged = _merged(knob.values)
+        for total in merged:
             room -= len(_value(total, facts)) + 2
             if room < 0 and chosen:
                 break
             chosen.append(total)
-        dropped += len(totals) - len(chosen)
+        dropped += knob.distinct_values - len(knob.values) + len(merged) - len(chosen)
         lines.append(head + "; ".join(_value(total, facts) for total in sorted(chosen, key=_by_value)))
     return lines, dropped
-
-
-def _informative(total: PairTotal) -> tuple[int, float, int]:
-    gain = total.gain_sum / total.trials if total.trials else float("-inf")
-    return (total.kept, gain, total.trials)
 
 
 def _by_value(total: PairTotal) -> tuple[float, str]:
@@ -190,8 +185,8 @@ def _by_value(total: PairTotal) -> tuple[float, str]:
 
 def _value(total: PairTotal, facts: PromptFacts) -> str:
     words = []
-    if total.trials:
-        words.append(_gain(total.gain_sum / total.trials, facts.gain))
+    if total.mean_gain is not None:
+        words.append(_gain(total.mean_gain, facts.gain))
         if facts.gain_sd is not None:
             error = facts.gain_sd / total.trials**0.5
             words.append(f"±{error * 100:.2f}" if facts.gain == "relative" else f"±{error:.2g}")

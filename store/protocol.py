@@ -217,8 +217,20 @@ class PairTotal:
     blocked: int
     failed: int
     trials: int
-    gain_sum: float
+    mean_gain: float | None
     last_failure: FailureClass | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnobTotal:
+    """Running totals of one knob over all history, with its most informative values."""
+
+    knob: str
+    proposed: int
+    kept: int
+    distinct_values: int
+    values: Sequence[PairTotal]
+    """The best first; the rest of `distinct_values` is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,8 +419,8 @@ class TrajectoryStore(Protocol):
         """Return the trials that an attempt paid for, oldest first."""
         ...
 
-    def pair_totals(self, campaign_id: int) -> Sequence[PairTotal]:
-        """Return the running totals of every (knob, value) tried."""
+    def knob_totals(self, campaign_id: int) -> Sequence[KnobTotal]:
+        """Return the running totals of every knob tried, with its most informative values."""
         ...
 
     def measured_since(self, campaign_id: int, attempt_id: int) -> Iterator[Measured]:
@@ -419,10 +431,8 @@ class TrajectoryStore(Protocol):
         """Return the trial noise over seeds from calibration runs in one environment."""
         ...
 
-    def audit_spread(
-        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, before_attempt_id: int
-    ) -> SumOfSquares:
-        """Return the noise of paired differences from attempts that were audited before another, in one environment."""
+    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
+        """Return the noise of paired differences from decided audits in one environment."""
         ...
 
     def spent(self, campaign_id: int) -> Spent:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import CompoundSelect, Connection, Engine, Row, Select, func, insert, select, union_all, update
+from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
 from overnight.store.database import WRITE, open_engine
@@ -24,6 +24,7 @@ from overnight.store.protocol import (
     MAX_TRIES,
     Attempt,
     CampaignState,
+    KnobTotal,
     Lease,
     Measured,
     PairTotal,
@@ -38,6 +39,7 @@ from overnight.store.tables import (
     CampaignRow,
     ConfigRow,
     EventRow,
+    KnobTotalRow,
     PairTotalRow,
     PromptRow,
     ProposerRow,
@@ -53,6 +55,9 @@ _ATTEMPT = [
 ]
 _TRIAL = [getattr(TrialRow, name) for name in Trial.__slots__]
 _PAIR = [getattr(PairTotalRow, name) for name in PairTotal.__slots__]
+_KNOB = [getattr(KnobTotalRow, name) for name in KnobTotal.__slots__ if name != "values"]
+VALUES_PER_KNOB = 24
+"""How many values of a knob a prompt may choose from: more than it has room for."""
 _NEXT: Mapping[Stage, Literal["check_rails", "train", "validate", "decide"]] = {
     "proposed": "check_rails",
     "checked": "train",
@@ -90,7 +95,9 @@ class SqlStore:
         try:
             with self._writes.begin() as connection:
                 yield connection
-        except OperationalError as error:
+        except (DataError, IntegrityError, ProgrammingError):
+            raise  # a mistake in this code, not the disk's
+        except DatabaseError as error:
             raise StoreError(f"the database cannot be written: {error.orig}; what was committed is there") from error
 
     @contextmanager
@@ -250,10 +257,23 @@ class SqlStore:
         query = select(*_TRIAL).where(TrialRow.attempt_id == attempt_id).order_by(TrialRow.id)
         return [Trial(**row) for row in self._all(query)]
 
-    def pair_totals(self, campaign_id: int) -> Sequence[PairTotal]:
-        """Return the running totals of every (knob, value) tried."""
-        query = select(*_PAIR).where(PairTotalRow.campaign_id == campaign_id)
-        return [PairTotal(**row) for row in self._all(query)]
+    def knob_totals(self, campaign_id: int) -> Sequence[KnobTotal]:
+        """Return the running totals of every knob tried, with its most informative values."""
+        knobs = self._all(select(*_KNOB).where(KnobTotalRow.campaign_id == campaign_id))
+        if not knobs:
+            return []
+        best = [
+            select(*_PAIR)
+            .where(PairTotalRow.campaign_id == campaign_id, PairTotalRow.knob == knob["knob"])
+            .order_by(PairTotalRow.kept.desc(), PairTotalRow.mean_gain.desc().nulls_last())
+            .limit(VALUES_PER_KNOB)
+            .subquery()
+            for knob in knobs
+        ]
+        values: dict[str, list[PairTotal]] = {}
+        for row in self._all(union_all(*(select(part) for part in best))):
+            values.setdefault(row["knob"], []).append(PairTotal(**row))
+        return [KnobTotal(**knob, values=values[knob["knob"]]) for knob in knobs]
 
     def measured_since(self, campaign_id: int, attempt_id: int) -> Iterator[Measured]:
         """Yield decided attempts with a candidate after `attempt_id`, oldest first."""
@@ -287,10 +307,8 @@ class SqlStore:
         )
         return self._spread(query.c.metric, query.c.config_id)
 
-    def audit_spread(
-        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, before_attempt_id: int
-    ) -> SumOfSquares:
-        """Return the noise of paired differences from attempts that were audited before another, in one environment.
+    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
+        """Return the noise of paired differences from decided audits in one environment.
 
         Audit trials run on seeds of their own that no decision looks at, so none of the differences is selected.
         """
@@ -318,7 +336,6 @@ class SqlStore:
                 AttemptRow.campaign_id == campaign_id,
                 AttemptRow.audit,
                 AttemptRow.stage == "decided",
-                AttemptRow.id < before_attempt_id,
                 candidate.c.purpose == "audit",
                 candidate.c.config_id == AttemptRow.config_id,
                 candidate.c.trainer_hash == trainer_hash,
@@ -348,18 +365,18 @@ class SqlStore:
 
     def spent(self, campaign_id: int) -> Spent:
         """Return what the campaign has used of its budget."""
-        last = self.last_attempt(campaign_id)
-        turns = 0 if last is None else last.iteration
-        query = select(CampaignRow.trial_s, CampaignRow.trial_wh).where(CampaignRow.id == campaign_id)
-        kept = select(func.max(AttemptRow.iteration).label("kept")).where(
-            AttemptRow.campaign_id == campaign_id, AttemptRow.outcome == "kept"
-        )
-        cost, last_keep = self._all(query)[0], self._all(kept)[0]["kept"] or 0
+        own = AttemptRow.campaign_id == campaign_id
+        turns = select(func.max(AttemptRow.iteration)).where(own).scalar_subquery()
+        keep = select(func.max(AttemptRow.iteration)).where(own, AttemptRow.outcome == "kept").scalar_subquery()
+        costs = CampaignRow.trial_s, CampaignRow.trial_wh
+        row = self._all(select(turns.label("turns"), keep.label("keep"), *costs).where(CampaignRow.id == campaign_id))[
+            0
+        ]
         return Spent(
-            iterations=turns,
-            since_keep=turns - last_keep,
-            trial_hours=cost["trial_s"] / 3600,
-            energy_kwh=cost["trial_wh"] / 1000,
+            iterations=row["turns"] or 0,
+            since_keep=(row["turns"] or 0) - (row["keep"] or 0),
+            trial_hours=row["trial_s"] / 3600,
+            energy_kwh=row["trial_wh"] / 1000,
         )
 
     def pending_requests(self, campaign_id: int) -> Sequence[tuple[int, Mapping[str, JsonValue]]]:
@@ -395,7 +412,7 @@ class SqlStore:
         except DBAPIError as error:
             raise StoreError(f"the database cannot be read: {error.orig}") from error
 
-    def _all(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
+    def _all(self, query: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with self._reading() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 

@@ -181,6 +181,9 @@ class PairTotalRow(Table):
     """Running totals of one (knob, value): what prompts show of ALL history without reading it again."""
 
     __tablename__ = "pair_totals"
+    __table_args__ = (
+        Index("ix_pair_totals_campaign_id_knob_kept_mean_gain", "campaign_id", "knob", "kept", "mean_gain"),
+    )
     campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
     knob: Mapped[str] = mapped_column(Text, primary_key=True)
     new_value: Mapped[str] = mapped_column(Text, primary_key=True)
@@ -190,9 +193,20 @@ class PairTotalRow(Table):
     blocked: Mapped[int]
     failed: Mapped[int]
     trials: Mapped[int]
-    gain_sum: Mapped[Double]
-    """Sum of measured gains, each weighted by its trials."""
+    mean_gain: Mapped[Double | None]
+    """Mean of the measured gains, each weighted by its trials."""
     last_failure: Mapped[str | None] = mapped_column(Text)
+
+
+class KnobTotalRow(Table):
+    """Running totals of one knob over its values."""
+
+    __tablename__ = "knob_totals"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
+    knob: Mapped[str] = mapped_column(Text, primary_key=True)
+    proposed: Mapped[int]
+    kept: Mapped[int]
+    distinct_values: Mapped[int]
 
 
 class TrialRow(Table):

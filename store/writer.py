@@ -21,6 +21,7 @@ from overnight.store.tables import (
     CampaignRow,
     ConfigRow,
     EventRow,
+    KnobTotalRow,
     PairTotalRow,
     PromptRow,
     ProposerRow,
@@ -136,7 +137,7 @@ class SqlWriter:
             decided_at=utc_now() if blocked else None,
         )
         if moved and new.knob is not None and text is not None:
-            self._add_to_pair(new.knob, text, proposed=1, blocked=int(blocked))
+            self._add_to_pair(new.knob, text, {"proposed": 1, "blocked": int(blocked)})
 
     def trial(self, new: NewTrial) -> None:
         """Store a finished run and add its cost to the campaign's."""
@@ -219,9 +220,9 @@ class SqlWriter:
         self._add_to_pair(
             row.knob,
             row.new_value,
-            **{new.outcome: 1},
+            {new.outcome: 1},
             trials=row.trials if row.gain is not None else 0,
-            gain_sum=row.gain * row.trials if row.gain is not None else 0.0,
+            gain=row.gain,
             last_failure=row.failure,
         )
         if new.new_baseline_config_id is not None:
@@ -287,32 +288,32 @@ class SqlWriter:
         self,
         knob: str,
         new_value: str,
+        counts: Mapping[str, int],
         *,
-        proposed: int = 0,
-        kept: int = 0,
-        reverted: int = 0,
-        blocked: int = 0,
-        failed: int = 0,
         trials: int = 0,
-        gain_sum: float = 0.0,
+        gain: float | None = None,
         last_failure: FailureClass | None = None,
     ) -> None:
-        added = {
-            "proposed": proposed,
-            "kept": kept,
-            "reverted": reverted,
-            "blocked": blocked,
-            "failed": failed,
-            "trials": trials,
-            "gain_sum": gain_sum,
-        }
-        statement = _insert_into(self._connection, PairTotalRow).values(
-            campaign_id=self._campaign_id, knob=knob, new_value=new_value, last_failure=last_failure, **added
+        """Add to the running totals of a (knob, value) and of its knob."""
+        key = {"campaign_id": self._campaign_id, "knob": knob}
+        added = {name: counts.get(name, 0) for name in ("proposed", "kept", "reverted", "blocked", "failed")}
+        known = select(PairTotalRow.knob).filter_by(**key, new_value=new_value)
+        is_new = self._connection.execute(known).first() is None
+        total, row = PairTotalRow, {**key, "new_value": new_value}
+        insert = _insert_into(self._connection, total).values(
+            **row, **added, trials=trials, mean_gain=gain, last_failure=last_failure
         )
-        sums = {name: getattr(PairTotalRow, name) + value for name, value in added.items()}
-        failure = {"last_failure": last_failure} if last_failure else {}
-        key = [PairTotalRow.campaign_id, PairTotalRow.knob, PairTotalRow.new_value]
-        self._connection.execute(statement.on_conflict_do_update(index_elements=key, set_={**sums, **failure}))
+        changes: dict[str, Any] = {name: getattr(total, name) + value for name, value in added.items()}
+        if gain is not None:
+            mean = (func.coalesce(total.mean_gain, 0.0) * total.trials + gain * trials) / (total.trials + trials)
+            changes |= {"mean_gain": mean, "trials": total.trials + trials}
+        if last_failure is not None:
+            changes["last_failure"] = last_failure
+        self._connection.execute(insert.on_conflict_do_update(index_elements=list(row), set_=changes))
+        sums = {"proposed": added["proposed"], "kept": added["kept"], "distinct_values": int(is_new)}
+        knob_insert = _insert_into(self._connection, KnobTotalRow).values(**key, **sums)
+        knob_sums = {name: getattr(KnobTotalRow, name) + value for name, value in sums.items()}
+        self._connection.execute(knob_insert.on_conflict_do_update(index_elements=list(key), set_=knob_sums))
 
 
 def trainer_hash(info: TrainerInfo) -> str:

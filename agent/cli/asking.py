@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import click
@@ -11,15 +15,34 @@ import click
 from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
 from overnight.store.errors import InputError
 from overnight.store.protocol import Attempt, Trial
-from overnight.store.reading import MAX_ROWS, TIMEOUT_S, query
+from overnight.store.reading import MAX_ROWS, TIMEOUT_S, limit_memory, query
 from overnight.store.sql_store import SqlStore
+
+MAX_MEMORY = 2**30
+"""What SQLite may hold to answer one question."""
+GRACE_S = 2.0
+"""Past its limit a query has so long to notice, before the process ends."""
 
 
 @click.command()
 @click.argument("statement", required=False)
 @click.option("--schema", is_flag=True, help="Print tables and views with what they mean.")
-@click.option("--timeout", "timeout_s", default=TIMEOUT_S, show_default=True, help="Seconds until the query is cut.")
-@click.option("--limit", "max_rows", default=MAX_ROWS, show_default=True, help="Rows until the result is cut.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0.001),
+    default=TIMEOUT_S,
+    show_default=True,
+    help="Seconds until the query is cut.",
+)
+@click.option(
+    "--limit",
+    "max_rows",
+    type=click.IntRange(min=1),
+    default=MAX_ROWS,
+    show_default=True,
+    help="Rows until the result is cut.",
+)
 @db_option
 @format_option
 def sql(*, statement: str | None, schema: bool, timeout_s: float, max_rows: int, db: str, form: str) -> None:
@@ -36,10 +59,29 @@ def sql(*, statement: str | None, schema: bool, timeout_s: float, max_rows: int,
         statement = sys.stdin.read()
     if not statement or not statement.strip():
         raise InputError('no SQL given; try `overnight sql "select * from campaign_stats"` or `--schema`')
-    result = query(db, statement, timeout_s=timeout_s, max_rows=max_rows)
+    limit_memory(MAX_MEMORY)
+    with _watchdog(timeout_s):
+        result = query(db, statement, timeout_s=timeout_s, max_rows=max_rows)
     print_rows(result.columns, result.rows, form)
     if result.cut:
-        click.echo(f"overnight: cut after {max_rows} rows; narrow the query or raise `--limit`", err=True)
+        click.echo(f"overnight: cut after {result.cut}; narrow the query or raise `--limit`", err=True)
+
+
+@contextmanager
+def _watchdog(timeout_s: float) -> Iterator[None]:
+    """End the process where a query does not: one call of LIKE over a huge text never looks at the clock."""
+
+    def end() -> None:
+        click.echo(f"overnight: the query ran over {timeout_s:g} s and was ended; narrow it", err=True)
+        os._exit(2)
+
+    timer = threading.Timer(timeout_s + GRACE_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @click.command()

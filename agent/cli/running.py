@@ -206,7 +206,7 @@ def _status_row(store: SqlStore, name: str) -> list[object]:
         position.iteration - (0 if position.attempt_id else 1),
         budget["iterations"],
         stage if state.status != "finished" else None,
-        sum(total.kept for total in store.pair_totals(state.id)),
+        sum(total.kept for total in store.knob_totals(state.id)),
         best.metric if best else None,
         best.gain if best else None,
         spent.since_keep,
