@@ -1,0 +1,74 @@
+"""A token tree over the candidates of one turn: what they share is computed once.
+
+Plain data and numpy. The root is the last token of the prompt; a node is one token after its parent. Only tokens that
+something follows are fed to a model: a candidate's last token is read off the distribution at its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """The candidates of one turn as a tree of tokens, parents before children."""
+
+    tokens: tuple[int, ...]
+    """Tokens of the inner nodes: those that a model is fed."""
+    parents: tuple[int, ...]
+    """Index of each inner node's parent, or ROOT."""
+    depths: tuple[int, ...]
+    """Tokens between the prompt's end and each inner node, 0 for a child of the root."""
+    edges: tuple[tuple[int, int], ...]
+    """Each (inner node or ROOT, next token) whose log-probability is wanted."""
+    paths: tuple[tuple[int, ...], ...]
+    """For each candidate, its edges from the root on."""
+
+    def visible(self) -> NDArray[np.bool_]:
+        """Return which inner node (row) attends to which (column): itself and its ancestors."""
+        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=np.bool_)
+        for node, parent in enumerate(self.parents):
+            if parent != ROOT:
+                seen[node] = seen[parent]
+            seen[node, node] = True
+        return seen
+
+    def totals(self, edge_log_probs: Sequence[float]) -> list[float]:
+        """Return each candidate's log-probability: the sum over its edges."""
+        return [sum(edge_log_probs[edge] for edge in path) for path in self.paths]
+
+
+def build_tree(candidates: Sequence[Sequence[int]]) -> TokenTree:
+    """Return the tree of `candidates`, each a sequence of token ids.
+
+    Raises:
+        ValueError: there is no candidate, or one has no token.
+    """
+    if not candidates or not all(candidates):
+        raise ValueError("a tree needs at least one candidate, and each at least one token")
+    inner: set[tuple[int, ...]] = set()
+    for candidate in candidates:
+        inner.update(tuple(candidate[:end]) for end in range(1, len(candidate)))
+    order = sorted(inner)  # a prefix sorts before what it begins
+    index = {prefix: number for number, prefix in enumerate(order)}
+    parents = [index[prefix[:-1]] if len(prefix) > 1 else ROOT for prefix in order]
+    edges: dict[tuple[int, int], int] = {}
+    paths = []
+    for candidate in candidates:
+        prefixes = accumulate(((token,) for token in candidate[:-1]), initial=())
+        nodes = [index[prefix] if prefix else ROOT for prefix in prefixes]
+        paths.append(tuple(edges.setdefault(edge, len(edges)) for edge in zip(nodes, candidate, strict=True)))
+    return TokenTree(
+        tokens=tuple(prefix[-1] for prefix in order),
+        parents=tuple(parents),
+        depths=tuple(len(prefix) - 1 for prefix in order),
+        edges=tuple(edges),
+        paths=tuple(paths),
+    )
