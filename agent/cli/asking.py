@@ -69,7 +69,7 @@ def sql(*, statement: str | None, schema: bool, timeout_s: float, max_rows: int,
 
 @contextmanager
 def _watchdog(timeout_s: float) -> Iterator[None]:
-    """End the process where a query does not: one call of LIKE over a huge text never looks at the clock."""
+    """End the process where a query does not: one call of `instr` in a huge text never looks at the clock."""
 
     def end() -> None:
         click.echo(f"overnight: the query ran over {timeout_s:g} s and was ended; narrow it", err=True)

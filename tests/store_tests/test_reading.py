@@ -155,11 +155,12 @@ def test_a_text_that_grows_without_end_is_cut(database: Path) -> None:
 
 
 def test_one_slow_function_call_ends_with_the_process(database: Path) -> None:
-    slow = f"SELECT '{'a' * 300}' || hex(zeroblob(20000)) LIKE '{'%a' * 40}%b'"
+    slow = "SELECT instr(hex(zeroblob(15000000)), hex(zeroblob(7000000)) || '1')"
     begin = time.monotonic()
-    command = [sys.executable, "-m", "overnight.agent.cli", "sql", slow, "--db", str(database), "--timeout", "0.5"]
+    overnight = str(Path(sys.executable).with_name("overnight"))
+    command = [overnight, "sql", slow, "--db", str(database), "--timeout", "0.5"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (run.returncode, "was ended" in run.stderr or "was cut" in run.stderr) == (2, True)
+    assert (run.returncode, "was ended" in run.stderr) == (2, True)
     assert time.monotonic() - begin < 10
 
 

@@ -38,7 +38,7 @@ WRITES = (
     "SELECT set_config('role', 'postgres', false)",
     "SELECT set_config('session_authorization', 'postgres', false)",
     "SELECT set_config('transaction_read_only', 'off', true)",
-    "SELECT set_config('role', 'postgres', true), query_to_xml('select pg_read_file(''/etc/passwd'')', true, false, '')",
+    "SELECT set_config('role', 'postgres', true), query_to_xml('select pg_read_file(''/etc/hosts'')', true, false, '')",
     "SELECT query_to_xml('delete from attempts', true, false, '')",
     "SELECT rolpassword FROM pg_authid",
     "DO $$ BEGIN DELETE FROM attempts; END $$",
