@@ -86,6 +86,7 @@ def run_trial(
     with runtime.writing() as writer:
         config_id = writer.config(config)
         runtime.trials.pop((config_id, split), None)
+        runtime.own_trials.clear()
         writer.trial(
             NewTrial(
                 attempt_id=None if attempt is None else attempt.id,
@@ -163,9 +164,12 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     return Standing(verdict, own, baseline, None)
 
 
-def _own_trials(runtime: Runtime, attempt: Attempt) -> list[Trial]:
+def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
     """Return the trials of the candidate itself; an attempt may also have paid for some of its baseline's."""
-    return [trial for trial in runtime.store.trials_of_attempt(attempt.id) if trial.config_id == attempt.config_id]
+    if attempt.id not in runtime.own_trials:
+        trials = runtime.store.trials_of_attempt(attempt.id)
+        runtime.own_trials = {attempt.id: [trial for trial in trials if trial.config_id == attempt.config_id]}
+    return runtime.own_trials[attempt.id]
 
 
 def _looks(trials: Sequence[Trial]) -> list[Trial]:

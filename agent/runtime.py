@@ -58,6 +58,8 @@ class Runtime:
     _renewed_at: float = 0.0
     trials: dict[tuple[str, Split], Sequence[Trial]] = field(default_factory=dict)
     """The baseline's trials as last read; the one writer of a campaign knows when they change."""
+    own_trials: dict[int, Sequence[Trial]] = field(default_factory=dict)
+    """The candidate's trials as last read, by attempt."""
     _state: CampaignState | None = None
     _noise: Noise | None = None
     _noise_known: bool = False

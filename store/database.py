@@ -129,8 +129,9 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("overnight_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    # A read is one statement, and a statement is its own snapshot: it needs no transaction around it.
+    if connection.get_execution_options().get("overnight_write"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def current_revision(connection: Connection) -> str | None:

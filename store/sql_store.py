@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
-from sqlalchemy import CompoundSelect, Connection, Engine, Row, Select, func, insert, select, union_all, update
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, insert, select, update
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
@@ -48,13 +49,34 @@ from overnight.store.tables import (
 )
 from overnight.store.writer import SqlWriter
 
-_STATE = [getattr(CampaignRow, name) for name in CampaignState.__slots__]
-_ATTEMPT = [
-    ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
-    for name in Attempt.__slots__
-]
-_TRIAL = [getattr(TrialRow, name) for name in Trial.__slots__]
-_PAIR = [getattr(PairTotalRow, name) for name in PairTotal.__slots__]
+# Statements are built once: building one with 40 columns takes longer than running it.
+_STATES = select(*(getattr(CampaignRow, name) for name in CampaignState.__slots__))
+_ATTEMPTS = select(
+    *(
+        ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
+        for name in Attempt.__slots__
+    )
+).join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
+_TRIALS = select(*(getattr(TrialRow, name) for name in Trial.__slots__)).order_by(TrialRow.id)
+_BEST_VALUES = (
+    select(*(getattr(PairTotalRow, name) for name in PairTotal.__slots__))
+    .where(PairTotalRow.campaign_id == bindparam("campaign"), PairTotalRow.knob == bindparam("of_knob"))
+    .order_by(PairTotalRow.kept.desc(), PairTotalRow.mean_gain.desc().nulls_last())
+    .limit(bindparam("count"))
+)
+_NEWEST_TRY = (
+    select(
+        AttemptRow.id,
+        AttemptRow.iteration,
+        AttemptRow.try_no.label("try_no"),
+        AttemptRow.stage,
+        AttemptRow.outcome,
+        AttemptRow.failure,
+    )
+    .where(AttemptRow.campaign_id == bindparam("campaign"))
+    .order_by(AttemptRow.iteration.desc(), AttemptRow.try_no.desc())
+    .limit(1)
+)
 _KNOB = [getattr(KnobTotalRow, name) for name in KnobTotal.__slots__ if name != "values"]
 VALUES_PER_KNOB = 24
 """How many values of a knob a prompt may choose from: more than it has room for."""
@@ -64,6 +86,8 @@ _NEXT: Mapping[Stage, Literal["check_rails", "train", "validate", "decide"]] = {
     "trained": "validate",
     "validated": "decide",
 }
+CONFIGS_KEPT = 64
+"""Configurations kept in memory: they are content-addressed, so they never change."""
 RECENT_MOVES_CHUNK = 500
 """Configurations asked for in one query: below every engine's limit of bound parameters."""
 
@@ -75,6 +99,7 @@ class SqlStore:
         """Use an engine that `open_engine` checked."""
         self._engine = engine
         self._writes = engine.execution_options(**WRITE)
+        self._config_body = lru_cache(maxsize=CONFIGS_KEPT)(self._read_config_body)
 
     @classmethod
     def open(cls, where: str | Path, *, create: bool = False) -> Self:
@@ -153,7 +178,7 @@ class SqlStore:
 
     def campaign(self, name: str) -> CampaignState | None:
         """Return a campaign by name."""
-        row = self._first(select(*_STATE).where(CampaignRow.name == name))
+        row = self._first(_STATES.where(CampaignRow.name == name))
         return None if row is None else CampaignState(**{**row, "spec": json.loads(row["spec"])})
 
     def campaigns(self) -> Sequence[str]:
@@ -163,11 +188,12 @@ class SqlStore:
 
     def next_stage(self, campaign_id: int) -> Position:
         """Return where the campaign goes on, from its last committed stage."""
-        last = self.last_attempt(campaign_id)
+        with self._reading() as connection:
+            last = connection.execute(_NEWEST_TRY, {"campaign": campaign_id}).first()
         if last is None:
             return Position("propose", 1, 1, None)
         if last.stage != "decided":
-            return Position(_NEXT[last.stage], last.iteration, last.try_no, last.id)
+            return Position(_NEXT[cast(Stage, last.stage)], last.iteration, last.try_no, last.id)
         retried = last.outcome == "blocked" or last.failure in ("llm_timeout", "llm_error")
         if retried and last.try_no < MAX_TRIES:
             return Position("propose", last.iteration, last.try_no + 1, None)
@@ -180,8 +206,7 @@ class SqlStore:
 
     def attempt(self, attempt_id: int) -> Attempt:
         """Return an attempt by its id."""
-        query = select(*_ATTEMPT).join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
-        row = self._first(query.where(AttemptRow.id == attempt_id))
+        row = self._first(_ATTEMPTS.where(AttemptRow.id == attempt_id))
         assert row is not None
         return Attempt(**row)
 
@@ -205,9 +230,7 @@ class SqlStore:
 
     def _attempts(self, campaign_id: int, *where: Any, limit: int | None = None) -> list[Attempt]:
         query = (
-            select(*_ATTEMPT)
-            .join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
-            .where(AttemptRow.campaign_id == campaign_id, *where)
+            _ATTEMPTS.where(AttemptRow.campaign_id == campaign_id, *where)
             .order_by(AttemptRow.iteration.desc(), AttemptRow.try_no.desc())
             .limit(limit)
         )
@@ -215,10 +238,12 @@ class SqlStore:
 
     def config_of(self, config_id: str) -> dict[str, KnobValue]:
         """Return a stored configuration."""
-        with self._reading() as connection:
-            body = connection.execute(select(ConfigRow.body).where(ConfigRow.id == config_id)).scalar_one()
-        config: dict[str, KnobValue] = json.loads(body)
+        config: dict[str, KnobValue] = json.loads(self._config_body(config_id))
         return config
+
+    def _read_config_body(self, config_id: str) -> str:
+        with self._reading() as connection:
+            return connection.execute(select(ConfigRow.body).where(ConfigRow.id == config_id)).scalar_one()
 
     def prompt_of(self, prompt_id: str) -> str:
         """Return a stored prompt, byte for byte."""
@@ -243,18 +268,18 @@ class SqlStore:
         self, campaign_id: int, config_id: str, *, trainer_hash: str, environment_hash: str, split: Split = "val"
     ) -> Sequence[Trial]:
         """Return a configuration's trials in one environment, oldest first."""
-        query = select(*_TRIAL).where(
+        query = _TRIALS.where(
             TrialRow.campaign_id == campaign_id,
             TrialRow.config_id == config_id,
             TrialRow.trainer_hash == trainer_hash,
             TrialRow.environment_hash == environment_hash,
             TrialRow.split == split,
         )
-        return [Trial(**row) for row in self._all(query.order_by(TrialRow.id))]
+        return [Trial(**row) for row in self._all(query)]
 
     def trials_of_attempt(self, attempt_id: int) -> Sequence[Trial]:
         """Return the trials that an attempt paid for, oldest first."""
-        query = select(*_TRIAL).where(TrialRow.attempt_id == attempt_id).order_by(TrialRow.id)
+        query = _TRIALS.where(TrialRow.attempt_id == attempt_id)
         return [Trial(**row) for row in self._all(query)]
 
     def knob_totals(self, campaign_id: int) -> Sequence[KnobTotal]:
@@ -262,17 +287,12 @@ class SqlStore:
         knobs = self._all(select(*_KNOB).where(KnobTotalRow.campaign_id == campaign_id))
         if not knobs:
             return []
-        best = [
-            select(*_PAIR)
-            .where(PairTotalRow.campaign_id == campaign_id, PairTotalRow.knob == knob["knob"])
-            .order_by(PairTotalRow.kept.desc(), PairTotalRow.mean_gain.desc().nulls_last())
-            .limit(VALUES_PER_KNOB)
-            .subquery()
-            for knob in knobs
-        ]
         values: dict[str, list[PairTotal]] = {}
-        for row in self._all(union_all(*(select(part) for part in best))):
-            values.setdefault(row["knob"], []).append(PairTotal(**row))
+        with self._reading() as connection:
+            for knob in knobs:
+                of = {"campaign": campaign_id, "of_knob": knob["knob"], "count": VALUES_PER_KNOB}
+                rows = connection.execute(_BEST_VALUES, of).mappings()
+                values[knob["knob"]] = [PairTotal(**row) for row in rows]
         return [KnobTotal(**knob, values=values[knob["knob"]]) for knob in knobs]
 
     def measured_since(self, campaign_id: int, attempt_id: int) -> Iterator[Measured]:
@@ -412,7 +432,7 @@ class SqlStore:
         except DBAPIError as error:
             raise StoreError(f"the database cannot be read: {error.orig}") from error
 
-    def _all(self, query: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]) -> list[dict[str, Any]]:
+    def _all(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with self._reading() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
