@@ -121,7 +121,7 @@ class AttemptRow(Table):
     __table_args__ = (
         UniqueConstraint("campaign_id", "iteration", "try"),
         Index("ix_attempts_campaign_id_config_id", "campaign_id", "config_id"),
-        Index("ix_attempts_campaign_id_knob_new_value", "campaign_id", "knob", "new_value"),
+        Index("ix_attempts_campaign_id_knob_new_value_id", "campaign_id", "knob", "new_value", "id"),
         Index("ix_attempts_campaign_id_outcome_iteration", "campaign_id", "outcome", "iteration"),
         Index("ix_attempts_request_event_id", "request_event_id"),
     )
@@ -216,7 +216,7 @@ class TrialRow(Table):
     __table_args__ = (
         UniqueConstraint("campaign_id", "config_id", "trainer_hash", "environment_hash", "split", "seed", "replicate"),
         Index("ix_trials_attempt_id", "attempt_id"),
-        Index("ix_trials_campaign_id_purpose", "campaign_id", "purpose"),
+        Index("ix_trials_campaign_id_purpose_wall_s", "campaign_id", "purpose", "wall_s"),
     )
     id: Mapped[Key]
     campaign_id: Mapped[CampaignKey]

@@ -51,9 +51,9 @@ def sql(*, statement: str | None, schema: bool, timeout_s: float, max_rows: int,
     Example: overnight sql "select knob, kept, best_gain from knob_stats order by best_gain desc"
     """
     if schema:
-        from overnight.store.schema_help import schema_rows
+        from overnight.store.schema_help import COLUMNS, schema_rows
 
-        print_rows(("kind", "name", "columns", "meaning"), schema_rows(), form)
+        print_rows(COLUMNS, schema_rows(), form)
         return
     if statement == "-" or (statement is None and not sys.stdin.isatty()):
         statement = sys.stdin.read()

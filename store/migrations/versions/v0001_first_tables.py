@@ -185,7 +185,10 @@ def upgrade() -> None:
     )
     op.create_index("ix_attempts_campaign_id_config_id", "attempts", ["campaign_id", "config_id"], unique=False)
     op.create_index(
-        "ix_attempts_campaign_id_knob_new_value", "attempts", ["campaign_id", "knob", "new_value"], unique=False
+        "ix_attempts_campaign_id_knob_new_value_id",
+        "attempts",
+        ["campaign_id", "knob", "new_value", "id"],
+        unique=False,
     )
     op.create_index(
         "ix_attempts_campaign_id_outcome_iteration", "attempts", ["campaign_id", "outcome", "iteration"], unique=False
@@ -290,7 +293,9 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_trials_attempt_id", "trials", ["attempt_id"], unique=False)
-    op.create_index("ix_trials_campaign_id_purpose", "trials", ["campaign_id", "purpose"], unique=False)
+    op.create_index(
+        "ix_trials_campaign_id_purpose_wall_s", "trials", ["campaign_id", "purpose", "wall_s"], unique=False
+    )
 
 
 def downgrade() -> None:
