@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Executable, Text, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from overnight.store.hashing import JsonValue, canonical_json, digest, text_digest
@@ -55,8 +56,9 @@ class SqlWriter:
         self._connection = connection
         self._campaign_id = campaign_id
 
-    def _insert(self, table: type[Table], **values: Any) -> None:
-        self._connection.execute(_insert_into(self._connection, table).values(**values).on_conflict_do_nothing())
+    def _insert(self, table: type[Table], **values: Any) -> bool:
+        """Insert a row once; say whether it was not there."""
+        return self._connection.execute(_insert_once(self._connection.dialect.name, table), values).first() is not None
 
     def config(self, config: Config) -> str:
         """Store a configuration once; return its id."""
@@ -90,7 +92,7 @@ class SqlWriter:
             AttemptRow,
             campaign_id=self._campaign_id,
             iteration=new.iteration,
-            try_no=new.try_no,
+            **{"try": new.try_no},
             stage="decided" if failed else "proposed",
             role=new.role,
             audit=new.audit,
@@ -142,37 +144,33 @@ class SqlWriter:
     def trial(self, new: NewTrial) -> None:
         """Store a finished run and add its cost to the campaign's."""
         result = new.result
-        inserted = self._connection.execute(
-            _insert_into(self._connection, TrialRow)
-            .values(
-                campaign_id=self._campaign_id,
-                attempt_id=new.attempt_id,
-                purpose=new.purpose,
-                config_id=new.config_id,
-                trainer_hash=new.trainer_hash,
-                environment_hash=new.environment_hash,
-                split=new.split,
-                seed=new.seed,
-                replicate=new.replicate,
-                mode=result.mode,
-                metric=result.metric,
-                failure=result.failure,
-                trace=storable(result.trace, MAX_TRACE_CHARS) or None,
-                notes=storable(result.notes, MAX_NOTES_CHARS) or None,
-                metrics=canonical_json(result.metrics) if result.metrics else None,
-                steps=result.steps,
-                wall_s=result.wall_s,
-                train_s=result.train_s,
-                val_s=result.val_s,
-                peak_memory_gib=result.peak_memory_gib,
-                energy_wh=None if result.energy_j is None else result.energy_j / 3600,
-                energy_source=result.energy_source,
-                ended_at=utc_now(),
-            )
-            .on_conflict_do_nothing()
-            .returning(TrialRow.id)
+        inserted = self._insert(
+            TrialRow,
+            campaign_id=self._campaign_id,
+            attempt_id=new.attempt_id,
+            purpose=new.purpose,
+            config_id=new.config_id,
+            trainer_hash=new.trainer_hash,
+            environment_hash=new.environment_hash,
+            split=new.split,
+            seed=new.seed,
+            replicate=new.replicate,
+            mode=result.mode,
+            metric=result.metric,
+            failure=result.failure,
+            trace=storable(result.trace, MAX_TRACE_CHARS) or None,
+            notes=storable(result.notes, MAX_NOTES_CHARS) or None,
+            metrics=canonical_json(result.metrics) if result.metrics else None,
+            steps=result.steps,
+            wall_s=result.wall_s,
+            train_s=result.train_s,
+            val_s=result.val_s,
+            peak_memory_gib=result.peak_memory_gib,
+            energy_wh=None if result.energy_j is None else result.energy_j / 3600,
+            energy_source=result.energy_source,
+            ended_at=utc_now(),
         )
-        if inserted.first() is not None:
+        if inserted:
             self._campaign(
                 trial_s=CampaignRow.trial_s + result.wall_s,
                 trial_wh=CampaignRow.trial_wh + (result.energy_j or 0.0) / 3600,
@@ -281,8 +279,8 @@ class SqlWriter:
 
     def _advance(self, attempt_id: int, from_stage: str, **values: Any) -> bool:
         """Update an attempt that is at `from_stage`; say whether it was."""
-        where = AttemptRow.id == attempt_id, AttemptRow.stage == from_stage
-        return self._connection.execute(update(AttemptRow).where(*where).values(**values)).rowcount == 1
+        at = {"at_id": attempt_id, "at_stage": from_stage}
+        return self._connection.execute(_ADVANCE, {**values, **at}).rowcount == 1
 
     def _add_to_pair(
         self,
@@ -319,6 +317,21 @@ class SqlWriter:
 def trainer_hash(info: TrainerInfo) -> str:
     """Content address of the trainer, its settings and its data: what a trial's key holds besides (config, seed)."""
     return digest({"trainer": info.trainer, "metric": info.metric, "data": info.data_hash})
+
+
+_ATTEMPTS = Table.metadata.tables["attempts"]
+_ADVANCE = update(_ATTEMPTS).where(
+    _ATTEMPTS.c.id == bindparam("at_id"), _ATTEMPTS.c.stage == bindparam("at_stage", type_=Text)
+)
+"""Built once: making a statement costs more than running it."""
+
+
+@cache
+def _insert_once(dialect: str, table: type[Table]) -> Executable:
+    """An INSERT that does nothing, and returns nothing, where the row is there; for `execute` with the values."""
+    rows = Table.metadata.tables[table.__tablename__]
+    insert = postgresql.insert(rows) if dialect == "postgresql" else sqlite.insert(rows)
+    return insert.on_conflict_do_nothing().returning(*rows.primary_key)
 
 
 def _insert_into(connection: Connection, table: type[Table]) -> sqlite.Insert | postgresql.Insert:
