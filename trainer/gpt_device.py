@@ -11,8 +11,10 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 
@@ -20,7 +22,7 @@ from overnight.store.errors import TrainerError
 from overnight.trainer.gpt_attention import find_attention
 from overnight.trainer.gpt_loop import EagerEngine, Engine
 from overnight.trainer.gpt_model import Shape, buffer_size
-from overnight.trainer.gpt_settings import EngineName, GptConfig
+from overnight.trainer.gpt_settings import EngineName, GptConfig, GptSettings, Precision
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
@@ -204,6 +206,8 @@ class CudaMachine(Machine):
         self._budget = (
             memory_gib * GIB if memory_gib is not None else self._free(unified=bool(properties.is_integrated))
         )
+        if self._engine == "fused":
+            self._warm_up()
         self.environment = {
             "device": properties.name,
             "capability": ".".join(str(part) for part in self._capability),
@@ -213,6 +217,26 @@ class CudaMachine(Machine):
             "cuda": str(torch.version.cuda),
             "triton": str(self._triton),
         }
+
+    def _warm_up(self) -> None:
+        """Load and compile what every trial uses, so that the first one does not wait for it."""
+        from overnight.trainer.gpt_fused import FusedEngine
+
+        config = GptSettings(steps=1, n_layer=1, batch_size=1, seq_len=128).complete({})
+        shape = Shape(
+            n_layer=1, n_head=16, d_model=1024, d_ff=4096, seq_len=128, vocab=1000, padded_vocab=1024
+        )  # fmt: skip
+        precisions: tuple[Precision, ...] = ("bf16", "fp8") if self._capability >= (8, 9) else ("bf16",)
+        for precision in precisions:
+            engine = FusedEngine(
+                shape, replace(config, precision=precision), seed=0, device=self._device, micro_batch=1,
+                attention=self._attention,
+            )  # fmt: skip
+            ids = np.zeros((1, 129), dtype=np.int64)
+            engine.train_step(ids, lr=1e-3, count=1)
+            engine.token_losses(ids)
+        del engine
+        self.empty_cache()
 
     def _free(self, *, unified: bool) -> float:
         if unified:  # the driver of a machine whose memory is shared reports none, or counts caches as taken
