@@ -21,7 +21,7 @@ from overnight.trainer.noise import Spread, classify, paired_noise, trial_noise
 
 
 def calibrate(runtime: Runtime) -> None:
-    """Prepare the trainer and measure the baseline where the present environment lacks it.
+    """Prepare the trainer, unless that was done, and measure the baseline where the present environment lacks it.
 
     Raises:
         CampaignError: the campaign cannot be run as it is; the message says what to change.

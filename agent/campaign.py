@@ -325,7 +325,12 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
         raise CampaignError(
             f"{path}: `router.champion`: no proposer `{champion}`; name one of {', '.join(file.proposers)}"
         )
-    return Campaign(file, path, _menu(file, path))
+    campaign = Campaign(file, path, _menu(file, path))
+    try:
+        _ = campaign.decision
+    except ValueError as error:
+        raise CampaignError(f"{path}: `decision`: {error}") from error
+    return campaign
 
 
 def _menu(file: CampaignFile, path: Path) -> Menu:
@@ -345,7 +350,7 @@ def _menu(file: CampaignFile, path: Path) -> Menu:
 
 def _knob(name: str, section: KnobSection) -> Knob:
     low, high = section.range if section.range is not None else (None, None)
-    knob = Knob(
+    return Knob(
         name=name,
         type=section.type,
         default=section.default,
@@ -356,9 +361,6 @@ def _knob(name: str, section: KnobSection) -> Knob:
         levels=section.levels,
         doc=section.doc,
     )
-    for choice in knob.choices:
-        knob.coerce(choice)
-    return knob
 
 
 def validated(model: type[SettingsModel], data: Mapping[str, object], where: str, prefix: str = "") -> SettingsModel:

@@ -74,7 +74,7 @@ class TurnState(TurnInput, TurnUpdate):
 def next_stage(runtime: Runtime) -> StageName:
     """Return the node that goes on with the campaign, from what is committed."""
     state = runtime.state()
-    if runtime.info is None or state.environment_hash is None:
+    if runtime.info is None or state.environment_hash != runtime.environment_hash:
         return "calibrate"
     position = runtime.store.next_stage(state.id)
     if position.stage == "propose" and position.try_no == 1:

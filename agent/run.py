@@ -26,6 +26,7 @@ from overnight.agent.runtime import Runtime
 from overnight.rails.gate import Rail
 from overnight.store.errors import CampaignError
 from overnight.store.protocol import TrajectoryStore
+from overnight.store.records import TrainerInfo
 from overnight.trainer.protocol import Trainer, TrainerContext
 from overnight.trainer.registry import trainer_class
 from overnight.trainer.worker import WorkerTrainer
@@ -80,6 +81,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("OVERNIGHT_CACHE") or platformdirs.user_cache_dir("overnight"))
 
 
+class Heartbeat:
+    """Called about every second while a trial runs: renews the lease of the runtime that it beats for."""
+
+    def __init__(self) -> None:
+        self.runtime: Runtime | None = None
+
+    def __call__(self) -> None:
+        """Beat once."""
+        if self.runtime is not None:
+            self.runtime.idle()
+
+
 def open_runtime(
     campaign: Campaign,
     store: TrajectoryStore,
@@ -89,41 +102,45 @@ def open_runtime(
     rails: Sequence[Rail] = (),
     hooks: Sequence[Hooks] = (),
 ) -> Runtime:
-    """Build what a campaign needs that the caller did not bring; starts no process and opens no data.
+    """Put together what a campaign runs with, building what the caller did not bring; starts no process.
 
     Raises:
         CampaignError: a trainer or proposer setting is wrong, or a key changed that may not change.
     """
     check_frozen(campaign, store)
-    runtime: Runtime
-
-    def idle() -> None:
-        runtime.idle()
-
-    hosted = None if trainer is not None else host_trainer(campaign, idle)
-    context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
+    heartbeat = Heartbeat()
+    trainer = trainer or host_trainer(campaign, heartbeat)
     runtime = Runtime(
         campaign=campaign,
         store=store,
-        trainer=trainer or _present(hosted),
-        proposers=proposers if proposers is not None else build_proposers(campaign.file.proposers, context),
+        trainer=trainer,
+        proposers=proposers if proposers is not None else proposers_of(campaign),
         extra_rails=rails,
         hooks=hooks,
-        free_memory=hosted.free_memory if hosted else lambda: None,
+        free_memory=trainer.free_memory if isinstance(trainer, WorkerTrainer) else lambda: None,
     )
+    heartbeat.runtime = runtime
     return runtime
 
 
-def _present(hosted: WorkerTrainer | None) -> WorkerTrainer:
-    assert hosted is not None
-    return hosted
+def proposers_of(campaign: Campaign) -> dict[str, Proposer]:
+    """Build the campaign's proposers.
+
+    Raises:
+        CampaignError: a kind is not installed, or a setting is wrong; the message names file and key.
+    """
+    context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
+    try:
+        return build_proposers(campaign.file.proposers, context)
+    except CampaignError as error:
+        raise CampaignError(f"{campaign.path}: {error}") from error
 
 
 def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
-    """Return the campaign's trainer in a worker process of its own, its settings checked.
+    """Return the campaign's trainer in a worker process of its own, its settings checked; starts no process yet.
 
     Raises:
-        CampaignError: the trainer is not installed, or a setting or a knob is wrong.
+        CampaignError: the trainer is not installed, or a setting or a knob is wrong; the message names file and key.
     """
     settings = campaign.file.trainer
     context = TrainerContext(
@@ -138,6 +155,19 @@ def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
     except CampaignError as error:
         raise CampaignError(f"{campaign.path}: {error}") from error
     return WorkerTrainer(name, settings, context, idle=idle)
+
+
+def prepared(campaign: Campaign, trainer: Trainer) -> TrainerInfo:
+    """Prepare the trainer: its data is built, its device found.
+
+    Raises:
+        CampaignError: a setting cannot be met here; the message names file and key.
+        TrainerError: the device or the disk cannot do it.
+    """
+    try:
+        return trainer.prepare()
+    except CampaignError as error:
+        raise CampaignError(f"{campaign.path}: {error}") from error
 
 
 def check_frozen(campaign: Campaign, store: TrajectoryStore) -> None:
@@ -179,6 +209,7 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
     from overnight.agent.graph import turn_graph
 
     switch = switch or PauseSwitch()
+    runtime.info = prepared(runtime.campaign, runtime.trainer)
     runtime.pause_wanted = lambda: switch.reason
     _start(runtime)
     with _checkpointer(checkpoints) as saver:

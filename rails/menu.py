@@ -42,6 +42,7 @@ class Knob:
         if bool(self.choices) == (self.low is not None):
             raise MenuError(f"{where}: give exactly one of `range` and `choices`")
         if self.choices:
+            object.__setattr__(self, "choices", tuple(self._choice(where, choice) for choice in self.choices))
             if len(set(self.choices)) < 2:
                 raise MenuError(f"{where}: `choices` needs at least two different values; remove the knob to fix it")
         else:
@@ -49,6 +50,12 @@ class Knob:
         problem = self.problem(self.default)
         if problem:
             raise MenuError(f"{where}: `default` {problem}")
+
+    def _choice(self, where: str, choice: KnobValue) -> KnobValue:
+        try:
+            return self.coerce(choice)
+        except MenuError as error:
+            raise MenuError(f"{where}: `choices`: {error}") from error
 
     def _check_range(self, where: str) -> None:
         if self.type == "str":

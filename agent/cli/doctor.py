@@ -104,15 +104,12 @@ def _plugins() -> list[Finding]:
 def _campaign(where: str) -> list[Finding]:
     """Read the campaign and build its parts; starts no trial."""
     from overnight.agent.campaign import load_campaign
-    from overnight.agent.proposers.protocol import ProposerContext
-    from overnight.agent.proposers.registry import build_proposers
-    from overnight.agent.run import cache_folder, host_trainer
+    from overnight.agent.run import host_trainer, proposers_of
 
     try:
         campaign = load_campaign(where)
         host_trainer(campaign, lambda: None)
-        context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
-        for proposer in build_proposers(campaign.file.proposers, context).values():
+        for proposer in proposers_of(campaign).values():
             proposer.close()
     except OvernightError as error:
         return [Finding("campaign", False, str(error), "see the message")]

@@ -35,6 +35,7 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
     at = until or loaded.file.budget.until
     if until is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", until):
         raise InputError(f"`--until`: `{until}` is not a time; give HH:MM, such as 07:00")
+    _check_first(loaded, db)
     store = SqlStore.open(db, create=True)
     try:
         loaded = _named(loaded, store, fresh)
@@ -58,6 +59,20 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
         _summary(store, loaded.name, db)
     finally:
         store.close()
+
+
+def _check_first(campaign: Campaign, db: str) -> None:
+    """Find what is wrong with the campaign's parts before a database is made for it."""
+    from overnight.agent.run import host_trainer, prepared, proposers_of
+
+    trainer = host_trainer(campaign, lambda: None)
+    for proposer in proposers_of(campaign).values():
+        proposer.close()
+    if "://" not in db and not Path(db).exists():
+        try:
+            prepared(campaign, trainer)
+        finally:
+            trainer.close()
 
 
 def _checkpoints(db: str) -> Path | None:
