@@ -8,7 +8,6 @@ trial at a time; calls from several threads wait for each other.
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -18,25 +17,21 @@ from typing import Self
 
 from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.records import Config, FailureClass, TrainerInfo, TrialRequest, TrialResult
+from overnight.trainer.link import Died, Link, Overran
 from overnight.trainer.output import last_lines
-from overnight.trainer.process import Ending, GuardedProcess
 from overnight.trainer.protocol import Report, TrainerContext
 from overnight.trainer.wire import (
     ErrorFrame,
     Frame,
-    Inbox,
     InfoFrame,
     Operation,
     ProgressFrame,
     ResultFrame,
     ValueFrame,
     WireError,
-    pack,
     unpack,
 )
 
-IDLE_S = 1.0
-"""How often `idle` is called while a trial runs: a lease is renewed long before it lapses."""
 GRACE_S = 1.0
 """A trainer that keeps deadlines itself may use this long past one to say what it was doing."""
 START_S = 120.0
@@ -47,97 +42,6 @@ _FRESH_AFTER: frozenset[FailureClass] = frozenset({"oom", "timeout", "crash", "h
 """Failures after which nothing in the worker is trusted any more."""
 _COMMAND = (sys.executable, "-u", "-P", "-m", "overnight.trainer.worker_main")
 """`-P`: a folder `overnight` in the current directory must not stand in for the installed package."""
-
-
-class _Died(Exception):
-    """The worker ended in the middle of a question."""
-
-    def __init__(self, ending: Ending, trace: str) -> None:
-        super().__init__(ending.words())
-        self.ending = ending
-        self.trace = f"{trace}\nthe trial worker ended: {ending.words()}".strip()
-
-
-class _Overran(Exception):
-    """The deadline of a question passed."""
-
-
-class _Link:
-    """The line to one worker process."""
-
-    def __init__(self, idle: Callable[[], None]) -> None:
-        self._idle = idle
-        self._calls = 0
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self.process = GuardedProcess([*_COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-            except OSError:
-                self._socket.close()
-                raise
-        self._inbox = Inbox(self._socket)
-        self.process.watch(self._socket.fileno())
-
-    def ask(
-        self,
-        operation: Operation,
-        arguments: Mapping[str, object],
-        *,
-        deadline: float | None = None,
-        report: Report | None = None,
-    ) -> Frame:
-        """Ask one question and wait for its answer, up to `deadline` on the monotonic clock.
-
-        Raises:
-            _Died: the worker ended.
-            _Overran: the deadline passed.
-            WireError: the answer is not in the protocol.
-        """
-        self._calls += 1
-        self.process.tail.clear()
-        try:
-            self._socket.sendall(pack({"call": self._calls, "op": operation, **arguments}))
-        except ConnectionError:
-            raise self._death() from None
-        idle_at = time.monotonic() + IDLE_S
-        while True:
-            frame = self._next_frame()
-            if isinstance(frame, ProgressFrame) and report is not None:
-                report(frame.progress)
-            elif frame is not None:
-                return frame
-            now = time.monotonic()
-            if now >= idle_at:
-                self._idle()
-                idle_at = time.monotonic() + IDLE_S
-            if deadline is not None and now >= deadline:
-                raise _Overran
-            if frame is None:
-                self._wait(min(idle_at, deadline or idle_at) - now)
-
-    def _next_frame(self) -> Frame | None:
-        body = self._inbox.frame()
-        if body is None:
-            return None
-        frame = unpack(body)
-        if frame.call != self._calls:
-            raise WireError(f"the worker answered question {frame.call}, not {self._calls}")
-        return frame
-
-    def _wait(self, timeout_s: float) -> None:
-        ready, _ = self.process.feed(timeout_s)
-        if self._socket.fileno() in ready and not self._inbox.fill():
-            raise self._death()
-
-    def _death(self) -> _Died:
-        self.process.forget(self._socket.fileno())
-        ending = self.process.settle()
-        return _Died(ending, self.process.tail.text())
-
-    def close(self) -> None:
-        """Kill the worker and everything below it."""
-        self.process.kill()
-        self._socket.close()
 
 
 class WorkerTrainer:
@@ -165,7 +69,7 @@ class WorkerTrainer:
         self._context = context
         self._idle = idle
         self._prepare_timeout_s = prepare_timeout_s
-        self._link: _Link | None = None
+        self._link: Link[Frame] | None = None
         self._info: TrainerInfo | None = None
         self._lock = threading.Lock()
 
@@ -217,9 +121,9 @@ class WorkerTrainer:
         plain = {**asdict(replace(request, config={})), "config": dict(request.config)}
         try:
             frame = self._ask("run", {"request": plain}, deadline=deadline, report=report)
-        except _Died as died:
+        except Died as died:
             return TrialResult(None, died.ending.failure or "crash", last_lines(died.trace))
-        except _Overran:
+        except Overran:
             printed = "" if self._link is None else self._link.process.tail.text()
             trace = f"{printed}\nkilled: it was still running after {request.timeout_s:g} s".strip()
             return TrialResult(None, "timeout", last_lines(trace))
@@ -265,7 +169,7 @@ class WorkerTrainer:
                 return
             try:
                 self._ask("close", deadline=time.monotonic() + _CLOSE_S)
-            except (_Died, _Overran, WireError):
+            except (Died, Overran, WireError):
                 pass  # it is killed in any case
             finally:
                 self._retire()
@@ -275,7 +179,7 @@ class WorkerTrainer:
         if self._link is not None:
             return
         try:
-            self._link = _Link(self._idle)
+            self._link = Link(_COMMAND, unpack, what="trial worker", idle=self._idle)
         except OSError as error:
             raise TrainerError(f"the trial worker cannot be started: {error}; free processes or memory") from error
         fields = {field: getattr(self._context, field) for field in ("metric", "memory_gib")}
@@ -321,9 +225,9 @@ class WorkerTrainer:
         """Ask what must not fail: every failure ends the worker and is raised."""
         try:
             frame = self._ask(operation, arguments, deadline=deadline)
-        except _Died as died:
+        except Died as died:
             raise self._fault(f"it ended during `{operation}`: {died.trace}") from died
-        except _Overran:
+        except Overran:
             raise self._fault(f"it did not finish `{operation}` in time") from None
         except WireError as error:
             raise self._fault(str(error)) from error
@@ -345,9 +249,16 @@ class WorkerTrainer:
         report: Report | None = None,
     ) -> Frame:
         assert self._link is not None
+
+        def progress(frame: Frame) -> bool:
+            if report is None or not isinstance(frame, ProgressFrame):
+                return False
+            report(frame.progress)
+            return True
+
         try:
-            return self._link.ask(operation, arguments, deadline=deadline, report=report)
-        except (_Died, _Overran, WireError):
+            return self._link.ask(operation, arguments, deadline=deadline, progress=progress)
+        except (Died, Overran, WireError):
             raise
         except BaseException:  # from `idle` or `report`, or Ctrl-C: the trial's answer will not be waited for
             self._retire()
