@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 VERSION = "1"
 """Raised when the same (configuration, seed) would give another number."""
 METRIC = "val_bpb"
+RESIDENT_BYTES = 2**28
+"""Token files up to this size are read once at the start, so that memory does not seem to grow as trials touch them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class GptTrainer:
         except OSError as error:
             raise TrainerError(f"the token file of `trainer.data` cannot be built: {error}") from error
         shards = split(len(corpus.tokens), corpus.starts, settings.val_tokens)
+        if corpus.tokens.nbytes <= RESIDENT_BYTES:
+            corpus.tokens[: shards.holdout.start].max()
         threads = settings.threads or os.cpu_count() or 1
         machine = find_machine(
             settings.device, engine=settings.engine, threads=threads, memory_gib=self._context.memory_gib

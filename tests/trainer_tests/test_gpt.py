@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -237,6 +238,17 @@ class TestFailures:
 
 
 class TestMemory:
+    def test_trials_leave_none_behind(self, tmp_path: Path) -> None:
+        # On the standard library: its token file is large enough that pages read late would show.
+        context = TrainerContext(campaign_dir=Path(), cache_dir=tmp_path, knobs={}, metric="val_bpb")
+        trainer = GptTrainer.from_settings({**TINY, "data": "stdlib", "steps": 2}, context)
+        measure(trainer)
+        process = psutil.Process()
+        before = process.memory_info().rss
+        for seed in range(60):
+            measure(trainer, seed, n_layer=1 + seed % 3)
+        assert process.memory_info().rss < 1.02 * before
+
     def test_a_larger_model_is_estimated_larger(self, folder: Path) -> None:
         trainer = make(folder)
         assert (trainer.estimate_memory({"d_model": 64}) or 0) > (trainer.estimate_memory({}) or 0)
