@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from overnight.distill.chat import ChatEncoder
+from overnight.distill.fusing import fuse_norms
 from overnight.distill.scoring import MenuScorer
 from overnight.rails.menu import Knob, Menu
 from overnight.store.prompt import KnobFact, PromptFacts, render_constant, render_variable
@@ -92,7 +93,9 @@ def case(encoder: ChatEncoder, lineage: int) -> Case:
         recent=[],
         lineage=True,
     )
-    filler = "\n".join(f"- turn {n}: {m.knob} = {m.value}: reverted -0.{n % 97}%" for n, m in enumerate(menu.moves(menu.default)))
+    filler = "\n".join(
+        f"- turn {n}: {m.knob} = {m.value}: reverted -0.{n % 97}%" for n, m in enumerate(menu.moves(menu.default))
+    )
     ids = encoder.candidates([render_variable(facts) + filler])[0]
     moves = menu.moves(menu.default)
     texts = [f'{{"knob": {json.dumps(move.knob)}, "new_value": {json.dumps(move.value)},' for move in moves]
@@ -126,6 +129,7 @@ def random_qwen(device: str) -> tuple[Any, Any]:
     with torch.device(device):
         model = Qwen2ForCausalLM._from_config(Qwen2Config(**QWEN_3B), attn_implementation="sdpa")
     torch.set_default_dtype(torch.float32)
+    fuse_norms(model)  # as `load_base` does on a GPU
     return model.eval().requires_grad_(False), fast
 
 
@@ -185,7 +189,7 @@ class Methods:
         return cache
 
     @torch.inference_mode()
-    def alone(self, ids: list[int], start: int, prefix: Any, first: torch.Tensor, candidate: tuple[int, ...]) -> float:
+    def alone(self, prefix: Any, first: torch.Tensor, candidate: tuple[int, ...]) -> float:
         """Return one candidate's log-probability behind the cache of the whole prompt."""
         cache = copy.deepcopy(prefix)
         logits = self.model(self.tensor(list(candidate[:-1])), past_key_values=cache, use_cache=True).logits[0]
@@ -199,7 +203,9 @@ def cases(methods: Methods, lineage: int, repeats: int) -> Iterator[tuple[str, C
     encoder, model = methods.encoder, methods.model
     candidates = encoder.candidates(texts.candidates)
     constant = encoder.prompt([{"role": "user", "content": texts.constant}])
-    shared = next(n for n, (a, b) in enumerate(zip(constant, prompt_ids(encoder, texts.prompt(0)), strict=False)) if a != b)
+    shared = next(
+        n for n, (a, b) in enumerate(zip(constant, prompt_ids(encoder, texts.prompt(0)), strict=False)) if a != b
+    )
     prefix = methods.prefilled(constant[:shared])
 
     def ours(turn: int) -> object:
@@ -209,7 +215,11 @@ def cases(methods: Methods, lineage: int, repeats: int) -> Iterator[tuple[str, C
     def ours_ms() -> dict[str, Any]:
         found = timed(ours, repeats * 4, 3)
         scores = methods.scorer.score(prompt_ids(encoder, texts.prompt(999)), candidates)
-        sizes = {"candidates": len(candidates), "tree_tokens": scores.tree_tokens, "cached_tokens": scores.reused_tokens}
+        sizes = {
+            "candidates": len(candidates),
+            "tree_tokens": scores.tree_tokens,
+            "cached_tokens": scores.reused_tokens,
+        }
         return {**found, **sizes, "prompt_tokens": scores.prompt_tokens}
 
     def whole(turn: int) -> object:
@@ -227,7 +237,7 @@ def cases(methods: Methods, lineage: int, repeats: int) -> Iterator[tuple[str, C
         ids = prompt_ids(encoder, texts.prompt(turn))
         behind = methods.prefilled(ids[shared:], prefix)
         first = model(methods.tensor(ids[-1:]), use_cache=False).logits[0, -1:]
-        return [methods.alone(ids, shared, behind, first, candidate) for candidate in candidates]
+        return [methods.alone(behind, first, candidate) for candidate in candidates]
 
     @torch.inference_mode()
     def each_with_lineage(turn: int) -> object:

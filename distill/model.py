@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from overnight.distill.base import BaseModel
+from overnight.distill.fusing import fuse_norms
 from overnight.store.errors import CampaignError, ProposerError
 
 RECORD = "overnight.json"
-_MANIFEST_KEYS = ("source", "source_sha256", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def _load(where: str, device: torch.device, sha256: str | None) -> Loaded:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
         )
     except OSError as error:
@@ -86,6 +86,8 @@ def _load(where: str, device: torch.device, sha256: str | None) -> Loaded:
             f"base model `{where}` cannot be loaded: {_first_line(error)}; models with code of their own are refused"
         ) from error
     model.eval().requires_grad_(False)
+    if device.type == "cuda":
+        fuse_norms(model)
     commit = getattr(model.config, "_commit_hash", None)
     return Loaded(model.to(device), tokenizer, device, sha256 or str(commit))
 
@@ -132,7 +134,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        quantized: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise CampaignError(
             f"`{gguf}` cannot be read as a GGUF model: {_first_line(error)}; use one of an architecture that "
@@ -140,8 +142,9 @@ def _dequantize(gguf: Path, folder: Path) -> None:
         ) from error
     config = quantized.config
     del config.quantization_config  # `save_pretrained` refuses a model that still says it is quantized
+    factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain = factory.from_config(config, dtype=torch.bfloat16)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in quantized.state_dict().items()}
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
@@ -153,7 +156,7 @@ def _intact(folder: Path, source_sha256: str) -> bool:
     if not (folder / RECORD).is_file():
         return False
     record = _record(folder)
-    return record["source_sha256"] == source_sha256 and record["weights"] == _weights(folder)
+    return record == {**record, "source_sha256": source_sha256, "weights": _weights(folder)}
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def _record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text())
     except ValueError:
         record = {}
-    return {key: record.get(key) for key in _MANIFEST_KEYS} if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _weights(folder: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ GROWTH = 1024
 QUERY_BUCKET = 64
 ROW_BUCKET = 64
 KEY_BUCKET = 512
-"""Lengths are rounded up to these on a GPU: each bucket costs one capture of about 0.1 s, padding costs time each turn."""
+"""Lengths are rounded up to these on a GPU: each new bucket costs one capture (0.1 s), padding costs time each turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class _Graph:
 
     def __init__(self, scorer: MenuScorer, example: _Pass, pool: Any) -> None:
         self._inputs = _Pass(*(getattr(example, name).clone() for name in _Pass.__slots__))
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream(scorer.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             scorer.forward(self._inputs)  # libraries set themselves up outside the capture
@@ -135,7 +135,7 @@ class MenuScorer:
                 'full attention: choose another model, or set `mode = "generate"`'
             )
         self._model = model
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._cache = _Slots()
         self._prompt: tuple[int, ...] = ()
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
@@ -154,8 +154,8 @@ class MenuScorer:
         inputs = self._inputs(prompt, reused, tree)
         self._prompt = ()  # until the pass is over, the cache is neither the old prompt's nor the new one's
         logits, normalizer = self._run(inputs)
-        rows = torch.tensor([node + 1 for node, _ in tree.edges], device=self._device)
-        tokens = torch.tensor([token for _, token in tree.edges], device=self._device)
+        rows = torch.tensor([node + 1 for node, _ in tree.edges], device=self.device)
+        tokens = torch.tensor([token for _, token in tree.edges], device=self.device)
         edges = logits[rows, tokens].float() - normalizer[rows]
         log_probs = tree.totals(edges.tolist())
         self._prompt = tuple(prompt)
@@ -181,7 +181,7 @@ class MenuScorer:
         return self._cache.bytes()
 
     def _run(self, inputs: _Pass) -> tuple[Tensor, Tensor]:
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return self.forward(inputs)
         key = (inputs.ids.shape[1], inputs.mask.shape[-1], inputs.rows.shape[0])
         if key not in self._graphs:
@@ -200,21 +200,21 @@ class MenuScorer:
         rows = [new - 1, *range(new, new + nodes)]
         rows += [0] * (self._bucket(len(rows), ROW_BUCKET) - len(rows))
         return _Pass(
-            ids=torch.tensor([ids], device=self._device),
-            positions=torch.tensor([positions], device=self._device),
-            slots=torch.arange(reused, reused + queries, device=self._device),
+            ids=torch.tensor([ids], device=self.device),
+            positions=torch.tensor([positions], device=self.device),
+            slots=torch.arange(reused, reused + queries, device=self.device),
             mask=self._mask(len(prompt), reused, queries, keys, tree),
-            rows=torch.tensor(rows, device=self._device),
+            rows=torch.tensor(rows, device=self.device),
         )
 
     def _mask(self, prompt: int, reused: int, queries: int, keys: int, tree: TokenTree) -> Tensor:
         """Return the mask: prompt tokens see what is before them, nodes the prompt and their ancestors."""
         new, nodes = prompt - reused, len(tree.tokens)
-        query = torch.arange(reused, reused + queries, device=self._device).clamp_(max=prompt - 1)
-        key = torch.arange(keys, device=self._device)
+        query = torch.arange(reused, reused + queries, device=self.device).clamp_(max=prompt - 1)
+        key = torch.arange(keys, device=self.device)
         visible = key[None, :] <= query[:, None]
         if nodes:
-            ancestors = torch.from_numpy(tree.visible()).to(self._device)
+            ancestors = torch.from_numpy(tree.visible()).to(self.device)
             visible[new : new + nodes, prompt : prompt + nodes] = ancestors
         dtype = self._model.dtype
         hidden = torch.finfo(dtype).min
@@ -226,7 +226,7 @@ class MenuScorer:
             self._cache.grow(-(-keys // GROWTH) * GROWTH)
 
     def _bucket(self, length: int, size: int) -> int:
-        return -(-length // size) * size if self._device.type == "cuda" else length
+        return -(-length // size) * size if self.device.type == "cuda" else length
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -235,5 +235,3 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return number
     return min(len(one), len(other))
-
-

@@ -142,7 +142,7 @@ class OpenAIProposer:
     ) -> tuple[Completion, StructuredMode]:
         """Ask in `mode`, or in the first weaker one that is not refused; remember what worked."""
         schema = moves_schema(ask.menu, ask.baseline, ask.moves)
-        common = self._request(_messages(ask), self._settings.max_tokens) | {
+        common = self._request(chat_messages(ask), self._settings.max_tokens) | {
             "temperature": self._settings.temperature,
             "seed": seed,
         }
@@ -216,7 +216,7 @@ def _read_key(name: str, variable: str | None) -> str | None:
     return key
 
 
-def _messages(ask: Ask) -> list[dict[str, str]]:
+def chat_messages(ask: Ask) -> list[dict[str, str]]:
     """Return the chat: the prompt, then each blocked reply of this turn with the reason."""
     messages = [{"role": "user", "content": ask.prompt}]
     for rejection in ask.rejections:

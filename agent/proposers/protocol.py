@@ -21,6 +21,7 @@ from overnight.store.records import Config, Direction, FailureClass, KnobValue
 
 if TYPE_CHECKING:
     from overnight.agent.proposers.breaker import Breaker
+    from overnight.distill.host import ModelHost
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ class ProposerContext:
     menu: Menu
     breakers: dict[str, Breaker] = field(default_factory=dict)
     """One failure counter for each endpoint, shared by the proposers that use it."""
+    hosts: dict[str, ModelHost] = field(default_factory=dict)
+    """One model host for each base model and device, shared by the proposers that use it."""
 
 
 class ProposerSettings(BaseModel):

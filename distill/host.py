@@ -1,0 +1,200 @@
+"""ModelHost: a base model in a warm process of its own, seen from the control process, which loads no torch.
+
+The process is started at the first question and again after it died, overran a deadline or ran out of memory, so that
+one bad turn costs one turn. Relies on `overnight.trainer.link` for talking and killing. One question at a time; calls
+from several threads wait for each other.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from overnight.distill.base import BaseModel
+from overnight.distill.wire import (
+    ErrorReply,
+    HostReply,
+    LoadedReply,
+    MemoryReply,
+    Operation,
+    ScoredReply,
+    WrittenReply,
+    unpack,
+)
+from overnight.store.errors import CampaignError, ProposerError
+from overnight.trainer.link import Died, Link, Overran
+from overnight.trainer.output import last_lines
+from overnight.trainer.wire import WireError
+
+LOAD_S = 1800.0
+"""Limit of starting the process and loading the model: a first download of 6 GB at 30 Mbit/s takes 27 minutes."""
+MEMORY_S = 60.0
+_COMMAND = (sys.executable, "-u", "-P", "-m", "overnight.distill.host_main")
+"""`-P`: a folder `overnight` in the current directory must not stand in for the installed package."""
+ReplyT = TypeVar("ReplyT", LoadedReply, ScoredReply, WrittenReply, MemoryReply)
+
+
+class ModelHost:
+    """Holds one base model in a process.
+
+    Args:
+        base: the model, found by `find_base`.
+        cache_dir: where a dequantized copy is kept.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        idle: called about every second while waiting; what it raises ends the process and is passed on.
+    """
+
+    def __init__(
+        self, base: BaseModel, cache_dir: Path, *, device: str = "auto", idle: Callable[[], None] = lambda: None
+    ) -> None:
+        self._base = base
+        self._cache_dir = cache_dir
+        self._device = device
+        self._idle = idle
+        self._link: Link[HostReply] | None = None
+        self._loaded: LoadedReply | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process that everything of the host is below; None while none runs."""
+        return None if self._link is None else self._link.process.pid
+
+    def load(self) -> LoadedReply:
+        """Make sure that the model is loaded; return what it is.
+
+        Raises:
+            CampaignError: the model cannot be used, here or anywhere.
+            ProposerError: it cannot be had now, or the host failed.
+        """
+        with self._lock:
+            return self._ready()
+
+    def score(
+        self, prompt: str, candidates: Sequence[str], *, deadline_s: float, adapter: Path | None = None
+    ) -> ScoredReply:
+        """Return the log-probability of each candidate as the beginning of a reply to `prompt`.
+
+        Args:
+            prompt: the user's turn.
+            candidates: texts; each is scored as if alone.
+            deadline_s: seconds from the moment the model is loaded; past it the host is killed.
+            adapter: a folder with a LoRA adapter in peft's format; None: the base model as it is.
+
+        Raises:
+            CampaignError, ProposerError: see `load`; `llm_timeout` at the deadline.
+        """
+        arguments = {"prompt": prompt, "candidates": list(candidates), "adapter": adapter and str(adapter)}
+        with self._lock:
+            self._ready()
+            reply = self._ask(ScoredReply, "score", arguments, deadline_s)
+            if len(reply.log_probs) != len(candidates):
+                raise self._fault(f"it scored {len(reply.log_probs)} of {len(candidates)} candidates")
+            return reply
+
+    def generate(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        deadline_s: float,
+        adapter: Path | None = None,
+    ) -> WrittenReply:
+        """Return a reply to a chat, written freely; arguments and errors as those of `score`."""
+        arguments = {
+            "messages": [dict(message) for message in messages],
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "adapter": adapter and str(adapter),
+        }
+        with self._lock:
+            self._ready()
+            return self._ask(WrittenReply, "generate", arguments, deadline_s)
+
+    def held_bytes(self) -> int:
+        """Return the memory that the host holds for its model; none while it does not run."""
+        with self._lock:
+            return 0 if self._link is None else self._ask(MemoryReply, "memory", {}, MEMORY_S).held_bytes
+
+    def release(self) -> None:
+        """Give back the model's memory; the next question loads it again."""
+        with self._lock:
+            if self._link is not None:
+                self._ask(MemoryReply, "release", {}, MEMORY_S)
+                self._loaded = None
+
+    def close(self) -> None:
+        """End the process; calling it again costs nothing."""
+        with self._lock:
+            self._retire()
+
+    def _ready(self) -> LoadedReply:
+        if self._link is None:
+            try:
+                self._link = Link(_COMMAND, unpack, what="model host", idle=self._idle)
+            except OSError as error:
+                raise ProposerError(
+                    f"the model host cannot be started: {error}; free processes or memory", failure="llm_error"
+                ) from error
+        if self._loaded is None:
+            arguments = {"base": self._base.plain(), "cache_dir": str(self._cache_dir), "device": self._device}
+            self._loaded = self._ask(LoadedReply, "load", arguments, LOAD_S)
+        return self._loaded
+
+    def _ask(
+        self, kind: type[ReplyT], operation: Operation, arguments: Mapping[str, object], deadline_s: float
+    ) -> ReplyT:
+        assert self._link is not None
+        try:
+            reply = self._link.ask(operation, arguments, deadline=time.monotonic() + deadline_s)
+        except Died as died:
+            raise self._fault(f"it ended during `{operation}`: {died.trace}") from died
+        except Overran:
+            self._retire()
+            raise ProposerError(
+                f"base model `{self._base.where}` had not answered `{operation}` after {deadline_s:g} s and was "
+                "killed; raise `deadline_s`, or choose a smaller model",
+                failure="llm_timeout",
+            ) from None
+        except WireError as error:
+            raise self._fault(str(error)) from error
+        except BaseException:  # from `idle`, or Ctrl-C: the answer will not be waited for
+            self._retire()
+            raise
+        if isinstance(reply, kind):
+            return reply
+        raise self._error(reply, operation)
+
+    def _error(self, reply: HostReply, operation: Operation) -> CampaignError | ProposerError:
+        """Return what an answer of another kind means; after a failure nothing in the host is trusted any more."""
+        if not isinstance(reply, ErrorReply):
+            return self._fault(f"it answered `{operation}` with `{reply.kind}`")
+        if reply.error == "CampaignError":
+            self._retire()
+            return CampaignError(reply.message)
+        if reply.error == "ProposerError":
+            self._retire()
+            return ProposerError(reply.message, failure="llm_error")
+        if reply.error == "MemoryError":
+            return self._fault(
+                f"out of memory during `{operation}`: {reply.message}; free some, or choose a smaller model"
+            )
+        return self._fault(f"`{operation}` failed: {reply.trace or reply.message}")
+
+    def _fault(self, what: str) -> ProposerError:
+        self._retire()
+        message = f"the model host of `{self._base.where}` is at fault: {what}"
+        return ProposerError(last_lines(message), failure="llm_error")
+
+    def _retire(self) -> None:
+        self._loaded = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
