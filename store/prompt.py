@@ -2,23 +2,30 @@
 
 First comes what never changes in a campaign (task, knobs, rules), so that scoring and training can reuse it; then the
 brief, the current configuration, the summary of all history, and the last attempts. Text that a model or a trainer
-wrote is quoted as JSON on one line and cut, so that it cannot forge a section. The length is bounded by construction
-(characters, not tokens: about 1,600 tokens at most for the menu of 13 knobs), whatever the length of history.
+wrote is quoted as JSON on one line and cut, so that it cannot forge a section. The history gets what the other parts
+leave of `MAX_TOKENS`, by an estimate that counts every digit, as small vocabularies do; so the length does not grow
+with history. It does not promise the bound for a menu whose own description fills it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from overnight.store.protocol import Attempt, KnobTotal, PairTotal
 from overnight.store.records import Config, Direction, GainKind
 
-MAX_BRIEF_CHARS = 900
-MAX_LINEAGE_CHARS = 1_500
-MAX_QUOTE_CHARS = 90
+MAX_TOKENS = 1_600
+AIM_TOKENS = 1_520
+"""What the estimate is held to: it falls short of real vocabularies by up to 3%."""
+MIN_LINEAGE_TOKENS = 150
+MAX_BRIEF_CHARS = 500
+MAX_QUOTE_CHARS = 48
+LETTERS_A_TOKEN = 6
+_PIECES = re.compile(r"[A-Za-z]+|[^\sA-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +88,24 @@ Answer with one JSON object and nothing else:
 
 def render_variable(facts: PromptFacts) -> str:
     """Return the part that changes from turn to turn."""
-    parts = []
+    before, after = [], []
     if facts.brief:
-        parts.append("# Brief\n" + _brief(facts.brief))
+        before.append("# Brief\n" + _brief(facts.brief))
     measured = "" if facts.baseline_metric is None else f"\nIts {facts.metric} is {facts.baseline_metric:.5g}."
-    parts.append(f"# Current configuration\n{json.dumps(dict(facts.config))}{measured}")
-    if facts.lineage:
-        parts.append("# History\n" + _lineage(facts))
+    before.append(f"# Current configuration\n{json.dumps(dict(facts.config))}{measured}")
     if facts.recent:
         lines = [_attempt_line(attempt, facts) for attempt in facts.recent]
-        parts.append("# Last attempts, newest first\n" + "\n".join(lines))
-    return "\n" + "\n\n".join(parts) + "\n"
+        after.append("# Last attempts, newest first\n" + "\n".join(lines))
+    lineage = []
+    if facts.lineage:
+        taken = estimate_tokens(render_constant(facts)) + sum(map(estimate_tokens, before + after))
+        lineage.append("# History\n" + _lineage(facts, max(AIM_TOKENS - taken, MIN_LINEAGE_TOKENS)))
+    return "\n" + "\n\n".join(before + lineage + after) + "\n"
+
+
+def estimate_tokens(text: str) -> int:
+    """Return about how many tokens a small vocabulary makes of `text`: each digit and sign one, long words several."""
+    return sum(1 + (len(piece) - 1) // LETTERS_A_TOKEN for piece in _PIECES.findall(text)) + text.count("\n")
 
 
 def quote(text: str, limit: int = MAX_QUOTE_CHARS) -> str:
@@ -106,21 +120,21 @@ def _brief(brief: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in cut.splitlines())
 
 
-def _lineage(facts: PromptFacts) -> str:
+def _lineage(facts: PromptFacts, room: int) -> str:
     by_knob = {total.knob: total for total in facts.totals}
     tried = [by_knob[knob.name] for knob in facts.knobs if knob.name in by_knob]
     if not tried:
         return "Nothing was tried yet."
     kept = sum(total.kept for total in tried)
-    header = f"{facts.turns} turns, {kept} kept. Mean gain of each value tried"
-    header += " ± standard error (trials):" if facts.gain_sd is not None else " (trials):"
-    lines, dropped = _fit(tried, facts)
+    unit = " in %" if facts.gain == "relative" else ""
+    error = " ± standard error" if facts.gain_sd is not None else ""
+    header = f"{facts.turns} turns, {kept} kept. Of each value tried: mean gain{unit}{error}, xTRIALS"
+    untouched = [knob.name for knob in facts.knobs if knob.name not in by_knob]
+    footer = ["- never tried: " + ", ".join(untouched)] if untouched else []
+    lines, dropped = _fit(tried, facts, room - estimate_tokens("\n".join([header, *footer])) - 10)
     if dropped:
         lines.append(f"({dropped} less informative values left out)")
-    untouched = [knob.name for knob in facts.knobs if knob.name not in by_knob]
-    if untouched:
-        lines.append("- never tried: " + ", ".join(untouched))
-    return "\n".join([header, *lines])
+    return "\n".join([header, *lines, *footer])
 
 
 def _merged(totals: Iterable[PairTotal]) -> list[PairTotal]:
@@ -157,22 +171,26 @@ def _sum(label: str, group: Sequence[PairTotal]) -> PairTotal:
     )
 
 
-def _fit(tried: Sequence[KnobTotal], facts: PromptFacts) -> tuple[list[str], int]:
-    """Render each knob's most informative values; return the lines and how many values were left out."""
-    share = MAX_LINEAGE_CHARS // len(tried)
+def _fit(tried: Sequence[KnobTotal], facts: PromptFacts, room: int) -> tuple[list[str], int]:
+    """Render each knob's most informative values in its share of the room, in estimated tokens.
+
+    Returns the lines, and how many values were left out.
+    """
     lines, dropped = [], 0
-    for knob in tried:
-        head = f"- {knob.knob}, tried {knob.proposed}x: "
-        chosen: list[PairTotal] = []
-        room = share - len(head)
+    for left, knob in zip(range(len(tried), 0, -1), tried, strict=True):
+        head = f"- {knob.knob} {knob.proposed}x: "
         merged = _merged(knob.values)
+        chosen: list[PairTotal] = []
+        share = room // left - estimate_tokens(head)
         for total in merged:
-            room -= len(_value(total, facts)) + 2
-            if room < 0 and chosen:
+            share -= estimate_tokens(_value(total, facts)) + 1
+            if share < 0:
                 break
             chosen.append(total)
         dropped += knob.distinct_values - len(knob.values) + len(merged) - len(chosen)
-        lines.append(head + "; ".join(_value(total, facts) for total in sorted(chosen, key=_by_value)))
+        line = head + "; ".join(_value(total, facts) for total in sorted(chosen, key=_by_value))
+        room -= estimate_tokens(line) + 1
+        lines.append(line.rstrip())
     return lines, dropped
 
 
@@ -184,20 +202,20 @@ def _by_value(total: PairTotal) -> tuple[float, str]:
 
 
 def _value(total: PairTotal, facts: PromptFacts) -> str:
-    words = []
+    words = [total.new_value]
     if total.mean_gain is not None:
-        words.append(_gain(total.mean_gain, facts.gain))
+        percent = 100 if facts.gain == "relative" else 1
+        gain = f"{total.mean_gain * percent:+.2g}"
         if facts.gain_sd is not None:
-            error = facts.gain_sd / total.trials**0.5
-            words.append(f"±{error * 100:.2f}" if facts.gain == "relative" else f"±{error:.2g}")
-        words.append(f"({total.trials})")
+            gain += f"±{facts.gain_sd * percent / total.trials**0.5:.1g}"
+        words.append(f"{gain} x{total.trials}")
     if total.failed:
         words.append(f"failed {total.last_failure or ''}".strip() + (f" {total.failed}x" if total.failed > 1 else ""))
-    if not words and total.blocked:
+    elif total.blocked and total.mean_gain is None:
         words.append("blocked")
     if total.kept:
         words.append("kept")
-    return f"{total.new_value} {' '.join(words)}".strip()
+    return " ".join(words)
 
 
 def _gain(gain: float, kind: GainKind) -> str:

@@ -259,9 +259,10 @@ class SqlStore:
         found: dict[str, Attempt] = {}
         for start in range(0, len(ids), RECENT_MOVES_CHUNK):
             chunk = ids[start : start + RECENT_MOVES_CHUNK]
-            for attempt in self._attempts(campaign_id, AttemptRow.config_id.in_(chunk), done):
-                assert attempt.config_id is not None
-                found[attempt.config_id] = attempt
+            # In no order: an order would let SQLite walk the whole campaign instead of looking each id up.
+            query = _ATTEMPTS.where(AttemptRow.campaign_id == campaign_id, AttemptRow.config_id.in_(chunk), done)
+            for row in self._all(query):
+                found[row["config_id"]] = Attempt(**row)
         return found
 
     def trials_of(
