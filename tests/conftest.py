@@ -94,6 +94,14 @@ def write_tiny_model(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
     """A running `transformers serve` whose only model is the tiny one, found as a hub id in a cache of its own."""
     home = tmp_path_factory.mktemp("hf-home")
