@@ -1,8 +1,9 @@
 """What the loop itself costs a turn: everything but the trial and the model call.
 
 Runs the full menu of `campaigns/gpt354m` with the shipped ScriptedTrainer and ScriptedProposer, on a SQLite store with
-LangGraph's checkpoints beside it, as `overnight run` does. Prints one JSON line: the median turn in the first 200 turns
-and in the last 200 after `--turns` turns of history, in milliseconds, and their ratio.
+LangGraph's checkpoints beside it, as `overnight run` does. One campaign has `--turns` turns of history, another has
+none; blocks of both alternate, so that whatever else the machine does falls on both alike. Prints one JSON line: the
+median turn of each in milliseconds, and their ratio.
 
     python benchmarks/loop_overhead.py --turns 10000
 """
@@ -26,9 +27,9 @@ from overnight.agent.run import open_runtime, run_campaign
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
-WINDOW = 200
-WARM_UP = 20
-"""First turns left out: imports, first statements, first critical values."""
+BLOCKS = 10
+BLOCK = 20
+"""Turns in a block; the first one of each is left out: it opens statements and imports."""
 
 
 class TurnClock:
@@ -60,41 +61,56 @@ def propose(ask: Ask) -> str:
     return reply_text(knob, draw.uniform(low, high), "a scripted draw")
 
 
+class Loop:
+    """One campaign on a store of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        data = load_campaign("gpt354m").spec() | {
+            "trainer": {"steps": 60, "noise_sd": 0.001, "optimum": {"lr": 3e-4, "beta2": 0.95}},
+            "budget": {"iterations": 10**6},
+            "campaign": {"name": "overhead", "trainer": "scripted"},
+            "proposers": {"scripted": {"kind": "random"}},
+            "router": {"champion": "scripted", "explore": 0.0},
+        }
+        self._folder = folder
+        self._campaign = parse_campaign(data, folder / "campaign.toml")
+        self._store = SqlStore.open(folder / "overhead.db", create=True)
+        self.turns = 0
+
+    def advance(self, turns: int) -> list[float]:
+        """Run some more turns; return each one's overhead in milliseconds, without the first."""
+        clock = TurnClock()
+        trainer = ScriptedTrainer(ScriptedSettings.model_validate(self._campaign.file.trainer))
+        proposers = {"scripted": ScriptedProposer("scripted", propose)}
+        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers=proposers, hooks=[clock])
+        self.turns += turns
+        runtime.iterations = self.turns
+        run_campaign(runtime, checkpoints=self._folder / "checkpoints")
+        runtime.close()
+        return clock.overhead_ms[1:]
+
+    def close(self) -> None:
+        self._store.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=10_000)
     turns = parser.parse_args().turns
-    data = load_campaign("gpt354m").spec()
-    data |= {
-        "trainer": {"steps": 60, "noise_sd": 0.001, "optimum": {"lr": 3e-4, "beta2": 0.95}},
-        "budget": {"iterations": turns + WINDOW},
-        "campaign": {"name": "overhead", "trainer": "scripted"},
-        "proposers": {"scripted": {"kind": "random"}},
-        "router": {"champion": "scripted", "explore": 0.0},
-    }
     with tempfile.TemporaryDirectory() as folder:
-        campaign = parse_campaign(data, Path(folder) / "campaign.toml")
-        store = SqlStore.open(Path(folder) / "overhead.db", create=True)
-        clock = TurnClock()
-        trainer = ScriptedTrainer(ScriptedSettings.model_validate(campaign.file.trainer))
-        proposers = {"scripted": ScriptedProposer("scripted", propose)}
-        runtime = open_runtime(campaign, store, trainer=trainer, proposers=proposers, hooks=[clock])
-        run_campaign(runtime, checkpoints=Path(folder) / "checkpoints")
-        runtime.close()
-        store.close()
-    first = statistics.median(clock.overhead_ms[WARM_UP : WARM_UP + WINDOW])
-    last = statistics.median(clock.overhead_ms[-WINDOW:])
-    print(
-        json.dumps(
-            {
-                "turns": turns,
-                "first_median_ms": round(first, 2),
-                "last_median_ms": round(last, 2),
-                "ratio": round(last / first, 3),
-                "machine": platform.processor() or platform.machine(),
-            }
-        )
-    )
+        young, old = Loop(Path(folder) / "young"), Loop(Path(folder) / "old")
+        old.advance(turns)
+        young.advance(BLOCK)
+        times: dict[str, list[float]] = {"young": [], "old": []}
+        for _ in range(BLOCKS):
+            times["young"] += young.advance(BLOCK)
+            times["old"] += old.advance(BLOCK)
+        young.close()
+        old.close()
+    first, last = statistics.median(times["young"]), statistics.median(times["old"])
+    result = {"history": turns, "median_ms": round(first, 2), "median_ms_with_history": round(last, 2)}
+    print(json.dumps(result | {"ratio": round(last / first, 3), "machine": platform.machine()}))
 
 
 if __name__ == "__main__":
