@@ -8,6 +8,8 @@ way. PostgreSQL works by URL. It does not promise anything for SQLite on a netwo
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +134,17 @@ def _begin_sqlite(connection: Connection) -> None:
     # A read is one statement, and a statement is its own snapshot: it needs no transaction around it.
     if connection.get_execution_options().get("overnight_write"):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """One connection that sees the database as it is now, through many statements, whatever others write meanwhile."""
+    isolation = "REPEATABLE READ" if engine.dialect.name == "postgresql" else None
+    opened = engine.execution_options(isolation_level=isolation) if isolation else engine
+    with opened.connect() as connection:
+        if isolation is None:
+            connection.exec_driver_sql("BEGIN")
+        yield connection
 
 
 def current_revision(connection: Connection) -> str | None:

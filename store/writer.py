@@ -58,7 +58,7 @@ class SqlWriter:
 
     def _insert(self, table: type[Table], **values: Any) -> bool:
         """Insert a row once; say whether it was not there."""
-        return self._connection.execute(_insert_once(self._connection.dialect.name, table), values).first() is not None
+        return self._connection.execute(insert_once(self._connection.dialect.name, table), values).first() is not None
 
     def config(self, config: Config) -> str:
         """Store a configuration once; return its id."""
@@ -327,7 +327,7 @@ _ADVANCE = update(_ATTEMPTS).where(
 
 
 @cache
-def _insert_once(dialect: str, table: type[Table]) -> Executable:
+def insert_once(dialect: str, table: type[Table]) -> Executable:
     """An INSERT that does nothing, and returns nothing, where the row is there; for `execute` with the values."""
     rows = Table.metadata.tables[table.__tablename__]
     insert = postgresql.insert(rows) if dialect == "postgresql" else sqlite.insert(rows)

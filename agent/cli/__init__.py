@@ -22,6 +22,8 @@ _COMMANDS = {
     "enqueue": "running:enqueue",
     "sql": "asking:sql",
     "show": "asking:show",
+    "import": "trajectory:import_command",
+    "export": "trajectory:export_command",
     "db": "database:db",
     "doctor": "doctor:doctor",
 }
