@@ -42,7 +42,7 @@ SettingsModel = TypeVar("SettingsModel", bound=BaseModel)
 class Section(BaseModel):
     """A table of the file: unknown keys are errors, values are not converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class CampaignSection(Section):
@@ -102,7 +102,7 @@ class DecisionSection(Section):
     max_trials: Annotated[int, Field(ge=1)] = 5
     """Most trials for a candidate."""
     audit: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of turns, drawn beforehand, whose candidate gets a second paired seed whatever the first says."""
+    """Share of turns, drawn beforehand, that also measure both sides on audit seeds: how noisy pairs really are."""
 
 
 class KnobSection(Section):

@@ -54,18 +54,31 @@ class GptSettings(BaseModel):
     engine: EngineName = Field(default="auto", description="how a GPU computes a step; auto: the fastest that it can")
     threads: Positive | None = Field(default=None, description="CPU threads; default: one for each core")
     n_layer: Positive = 24
+    """Transformer blocks."""
     n_head: Positive = 16
+    """Attention heads; they divide `d_model`."""
     d_model: Positive = 1024
+    """Width of the model."""
     d_ff: Positive = 4096
+    """Width of the feed-forward layer."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    """AdamW peak learning rate."""
     lr_warmup: Annotated[int, Field(ge=0)] = 5
+    """Steps of linear warm-up before the cosine."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of squared gradients."""
     batch_size: Positive = 16
+    """Sequences in a step."""
     seq_len: Positive = 1024
+    """Tokens in a sequence."""
     precision: Precision = "auto"
+    """What the blocks' matrix products multiply; `auto`: bf16 on a GPU, float32 on a CPU."""
 
     @field_validator("tokenizer")
     @classmethod

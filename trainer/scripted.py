@@ -51,6 +51,7 @@ class ScriptedSettings(BaseModel):
     base: float = 1.0
     """The metric at the optimum, without noise."""
     higher_is_better: bool = False
+    """Whether the optimum is the largest value."""
     seed_sd: float = Field(default=0.0, ge=0)
     """Standard deviation of what a seed adds to every configuration alike: pairing removes it."""
     noise_sd: float = Field(default=0.0, ge=0)

@@ -48,9 +48,11 @@ class OpenAIProposer:
         api_key_env: str | None = None
         """The name of an environment variable that holds the key; never the key."""
         temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.5
+        """Of the sampling; 0 takes the likeliest token."""
         deadline_s: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
         """Seconds for everything: connecting, retries, the whole reply."""
         max_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
+        """Of a reply."""
         seed: int | None = None
         """A fixed sampling seed; by default one derived from the campaign's seed for each try."""
         structured: Literal["auto", "json_schema", "nvext", "json", "none"] = "auto"

@@ -56,6 +56,7 @@ class OptunaProposer:
         """The keys of a `[proposers.<name>]` table of kind `optuna`."""
 
         sampler: SamplerName = "tpe"
+        """Tree-structured Parzen estimator, Gaussian process, or CMA-ES."""
         moves: Literal["onestep", "free"] = Field(default="onestep")
         """`free` is for benchmarks, which call `suggest_config`: no rail lets a whole configuration through."""
 
