@@ -65,6 +65,7 @@ def load_base(base: BaseModel, *, cache_dir: Path, device: torch.device) -> Load
 
 
 def _load(where: str, device: torch.device, sha256: str | None) -> Loaded:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -81,9 +82,10 @@ def _load(where: str, device: torch.device, sha256: str | None) -> Loaded:
                 failure="llm_error",
             ) from error
         raise CampaignError(f"base model `{where}` cannot be loaded: {_first_line(error)}; mend the folder") from error
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, SafetensorError) as error:
         raise CampaignError(
-            f"base model `{where}` cannot be loaded: {_first_line(error)}; models with code of their own are refused"
+            f"base model `{where}` cannot be loaded: {_first_line(error)}; give whole safetensors of an architecture "
+            "that `transformers` knows (a model's own code is never run)"
         ) from error
     model.eval().requires_grad_(False)
     if device.type == "cuda":
