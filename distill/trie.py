@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,22 +52,22 @@ def build_tree(candidates: Sequence[Sequence[int]]) -> TokenTree:
     """
     if not candidates or not all(candidates):
         raise ValueError("a tree needs at least one candidate, and each at least one token")
-    inner: set[tuple[int, ...]] = set()
-    for candidate in candidates:
-        inner.update(tuple(candidate[:end]) for end in range(1, len(candidate)))
-    order = sorted(inner)  # a prefix sorts before what it begins
-    index = {prefix: number for number, prefix in enumerate(order)}
-    parents = [index[prefix[:-1]] if len(prefix) > 1 else ROOT for prefix in order]
+    inner: dict[tuple[int, int], int] = {}
     edges: dict[tuple[int, int], int] = {}
+    tokens: list[int] = []
+    depths: list[int] = []
     paths = []
     for candidate in candidates:
-        prefixes = accumulate(((token,) for token in candidate[:-1]), initial=())
-        nodes = [index[prefix] if prefix else ROOT for prefix in prefixes]
-        paths.append(tuple(edges.setdefault(edge, len(edges)) for edge in zip(nodes, candidate, strict=True)))
-    return TokenTree(
-        tokens=tuple(prefix[-1] for prefix in order),
-        parents=tuple(parents),
-        depths=tuple(len(prefix) - 1 for prefix in order),
-        edges=tuple(edges),
-        paths=tuple(paths),
-    )
+        node, path = ROOT, []
+        for token in candidate[:-1]:
+            step = (node, token)
+            path.append(edges.setdefault(step, len(edges)))
+            if step not in inner:
+                inner[step] = len(tokens)
+                tokens.append(token)
+                depths.append(0 if node == ROOT else depths[node] + 1)
+            node = inner[step]
+        path.append(edges.setdefault((node, candidate[-1]), len(edges)))
+        paths.append(tuple(path))
+    parents = tuple(parent for parent, _ in inner)
+    return TokenTree(tuple(tokens), parents, tuple(depths), tuple(edges), tuple(paths))

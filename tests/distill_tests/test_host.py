@@ -123,14 +123,6 @@ def test_a_host_that_was_killed_is_an_error_once(host):
     assert len(scores(host)) == len(CANDIDATES)
 
 
-def test_closing_ends_the_process(tiny_model, tmp_path):
-    host = ModelHost(BaseModel("folder", str(tiny_model)), tmp_path, device="cpu")
-    host.load()
-    pid = host.pid
-    host.close()
-    assert not psutil.pid_exists(pid)
-
-
 def test_what_idle_raises_ends_the_process_and_is_passed_on(tiny_model, tmp_path):
     def lapsed() -> None:
         raise LookupError("the lease is gone")
@@ -165,3 +157,10 @@ def test_a_score_that_is_not_a_number_is_refused():
 def test_the_control_process_loads_no_torch():
     code = "import sys, overnight.distill.host, overnight.agent.proposers.student; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_closing_ends_the_process(host):
+    host.load()
+    pid = host.pid
+    host.close()
+    assert not psutil.pid_exists(pid)
