@@ -82,6 +82,8 @@ class BudgetSection(Section):
     """Hours spent in trials."""
     energy_kwh: Annotated[float, Field(gt=0)] | None = None
     """Energy spent in trials, where it is measured."""
+    price_per_kwh: Annotated[float, Field(ge=0)] | None = None
+    """What energy costs, in any currency: `campaign_stats.energy_cost` then says what the campaign cost."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Turns in a row without a keep."""
     trial_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -140,6 +142,8 @@ class RailsSection(Section):
 
     skip: list[str] = []
     """`R6_novelty` and `R7_capability` may be skipped, to replay old campaigns; the others never."""
+    extra: list[str] = []
+    """Installed rails (group `overnight.rails`) that run after the built-in ones."""
 
     @model_validator(mode="after")
     def _only_skippable(self) -> RailsSection:

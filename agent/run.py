@@ -24,6 +24,7 @@ from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
 from overnight.rails.gate import Rail
+from overnight.rails.registry import RailContext, build_rails
 from overnight.store.errors import CampaignError
 from overnight.store.protocol import TrajectoryStore
 from overnight.store.records import TrainerInfo
@@ -115,7 +116,7 @@ def open_runtime(
         store=store,
         trainer=trainer,
         proposers=proposers if proposers is not None else proposers_of(campaign),
-        extra_rails=rails,
+        extra_rails=[*rails_of(campaign), *rails],
         hooks=hooks,
         free_memory=trainer.free_memory if isinstance(trainer, WorkerTrainer) else lambda: None,
     )
@@ -132,6 +133,18 @@ def proposers_of(campaign: Campaign) -> dict[str, Proposer]:
     context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
     try:
         return build_proposers(campaign.file.proposers, context)
+    except CampaignError as error:
+        raise CampaignError(f"{campaign.path}: {error}") from error
+
+
+def rails_of(campaign: Campaign) -> list[Rail]:
+    """Build the installed rails that the campaign names.
+
+    Raises:
+        CampaignError: one is not installed, or refuses the campaign; the message names file and key.
+    """
+    try:
+        return build_rails(campaign.file.rails.extra, RailContext(campaign.folder, campaign.menu))
     except CampaignError as error:
         raise CampaignError(f"{campaign.path}: {error}") from error
 

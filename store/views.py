@@ -28,11 +28,13 @@ class View:
 
 _WORDS = {
     "sqlite": {
+        "price": "json_extract(c.spec, '$.budget.price_per_kwh')",
         "knob_rows": "json_each(c.body) AS k",
         "knob_value": "CASE WHEN k.type = 'text' THEN k.value ELSE CAST(k.atom AS TEXT) END",
         "knob_number": "CASE WHEN k.type IN ('integer', 'real') THEN CAST(k.atom AS REAL) END",
     },
     "postgresql": {
+        "price": "CAST(c.spec::jsonb #>> '{budget,price_per_kwh}' AS double precision)",
         "knob_rows": "LATERAL jsonb_each(c.body::jsonb) AS k",
         "knob_value": "k.value #>> '{}'",
         "knob_number": "CASE WHEN jsonb_typeof(k.value) = 'number' THEN (k.value #>> '{}')::double precision END",
@@ -208,6 +210,7 @@ GROUP BY c.name, p.name""",
             "noise_sd": "standard deviation of one trial over seeds, in the metric's unit",
             "wall_s": "seconds of all attempts' trials",
             "energy_wh": "watt-hours of all attempts' trials, where measured",
+            "energy_cost": "what all its trials' energy cost at the campaign file's `budget.price_per_kwh`",
             "status": "new, running, paused, finished or imported",
             "stop_reason": "why it finished",
             **{
@@ -228,7 +231,8 @@ SELECT c.name AS campaign, c.metric_name, count(DISTINCT a.iteration) AS iterati
     (SELECT b.iteration FROM attempts AS b WHERE b.id = c.best_attempt_id) AS best_iteration,
     (SELECT b.metric FROM attempts AS b WHERE b.id = c.best_attempt_id) AS best_metric,
     (SELECT b.gain FROM attempts AS b WHERE b.id = c.best_attempt_id) AS best_gain,
-    c.noise_sd, sum(a.wall_s) AS wall_s, sum(a.energy_wh) AS energy_wh, c.status, c.stop_reason,
+    c.noise_sd, sum(a.wall_s) AS wall_s, sum(a.energy_wh) AS energy_wh,
+    NULLIF(c.trial_wh, 0) / 1000 * $price AS energy_cost, c.status, c.stop_reason,
     {_TRIALS_BY_PURPOSE}
 FROM campaigns AS c LEFT JOIN attempts AS a ON a.campaign_id = c.id
 GROUP BY c.name, c.id""",

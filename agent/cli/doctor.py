@@ -91,11 +91,14 @@ def _database(db: str) -> Finding:
 
 def _plugins() -> list[Finding]:
     from overnight.agent.proposers.registry import installed_kinds
+    from overnight.rails.registry import installed_rails
     from overnight.trainer.registry import installed_trainers
 
     trainers = [f"{name} ({point.dist.name if point.dist else '?'})" for name, point in installed_trainers().items()]
     kinds = [f"{kind.kind} ({kind.distribution})" for kind in installed_kinds()]
+    rails = [f"{point.name} ({point.dist.name if point.dist else '?'})" for point in installed_rails()]
     return [
+        Finding("rails", bool(rails), ", ".join(rails), "reinstall overnight"),
         Finding("trainers", bool(trainers), ", ".join(trainers), "reinstall overnight"),
         Finding("proposers", bool(kinds), ", ".join(kinds), "reinstall overnight"),
     ]
@@ -104,11 +107,12 @@ def _plugins() -> list[Finding]:
 def _campaign(where: str) -> list[Finding]:
     """Read the campaign and build its parts; starts no trial."""
     from overnight.agent.campaign import load_campaign
-    from overnight.agent.run import host_trainer, proposers_of
+    from overnight.agent.run import host_trainer, proposers_of, rails_of
 
     try:
         campaign = load_campaign(where)
         host_trainer(campaign, lambda: None)
+        rails_of(campaign)
         for proposer in proposers_of(campaign).values():
             proposer.close()
     except OvernightError as error:

@@ -63,9 +63,10 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
 
 def _check_first(campaign: Campaign, db: str) -> None:
     """Find what is wrong with the campaign's parts before a database is made for it."""
-    from overnight.agent.run import host_trainer, prepared, proposers_of
+    from overnight.agent.run import host_trainer, prepared, proposers_of, rails_of
 
     trainer = host_trainer(campaign, lambda: None)
+    rails_of(campaign)
     for proposer in proposers_of(campaign).values():
         proposer.close()
     if "://" not in db and not Path(db).exists():

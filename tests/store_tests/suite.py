@@ -334,6 +334,16 @@ class StoreConformance:
         assert reply is not None
         assert (reply[:4], len(reply)) == ("a\ufffdb?", 65_536)
 
+    def test_energy_costs_what_the_campaign_file_says(self, campaign: Campaigner, store: SqlStore) -> None:
+        query = text("SELECT energy_cost FROM campaign_stats")
+        campaign.turn(1, 0.2, "kept", 0.1)
+        with store.engine.connect() as connection:
+            unknown = connection.execute(query).scalar()
+        spec = {**SPEC, "budget": {"iterations": 9, "price_per_kwh": 0.5}}
+        store.open_campaign(name="c", path="/c", spec=spec, frozen_hash="f", knobs_on_menu=2)
+        with store.engine.connect() as connection:
+            assert (unknown, connection.execute(query).scalar()) == (None, pytest.approx(0.001 * 0.5))
+
     def test_every_view_answers(self, campaign: Campaigner, store: SqlStore) -> None:
         campaign.trial(None, 0.1, 0, 1.0, purpose="calibration")
         campaign.turn(1, 0.2, "kept", 0.1)
