@@ -17,6 +17,7 @@ from overnight.store.database import WRITE
 from overnight.store.errors import InputError
 from overnight.store.hashing import JsonValue, canonical_json, digest, text_digest
 from overnight.store.jsonl import Skipped
+from overnight.store.records import KnobValue
 from overnight.store.sql_store import SqlStore
 from overnight.store.tables import (
     AttemptRow,
@@ -150,7 +151,7 @@ def _spec(name: str, found: Trajectory, menu: Mapping[str, JsonValue] | None) ->
 
 def _add(connection: Connection, campaign_id: int, found: Trajectory) -> int:
     """Insert what is not there; return how many attempts were added."""
-    writer, dialect = SqlWriter(connection, campaign_id), connection.dialect.name
+    writer, dialect = _Rows(connection, campaign_id), connection.dialect.name
     keys = select(AttemptRow.iteration, AttemptRow.try_no).where(AttemptRow.campaign_id == campaign_id)
     stored = {(row[0], row[1]) for row in connection.execute(keys)}
     is_new_campaign, added = not stored, 0
@@ -183,8 +184,29 @@ def _add(connection: Connection, campaign_id: int, found: Trajectory) -> int:
     return added
 
 
+class _Rows:
+    """Configurations and proposers, each written once an import: most lines name the same few."""
+
+    def __init__(self, connection: Connection, campaign_id: int) -> None:
+        self._writer = SqlWriter(connection, campaign_id)
+        self._configs: dict[str, str] = {}
+        self._proposers: dict[str, int] = {}
+
+    def config(self, config: Mapping[str, KnobValue]) -> str:
+        key = canonical_json(config)
+        if key not in self._configs:
+            self._configs[key] = self._writer.config(config)
+        return self._configs[key]
+
+    def proposer(self, name: str, kind: str, description: Mapping[str, JsonValue]) -> int:
+        key = canonical_json([name, kind, description])
+        if key not in self._proposers:
+            self._proposers[key] = self._writer.proposer(name, kind, description)
+        return self._proposers[key]
+
+
 def _add_trial(
-    writer: SqlWriter, connection: Connection, campaign_id: int, attempt_id: int | None, trial: TrialLine
+    writer: _Rows, connection: Connection, campaign_id: int, attempt_id: int | None, trial: TrialLine
 ) -> None:
     values = {**trial.columns, "campaign_id": campaign_id, "attempt_id": attempt_id}
     connection.execute(

@@ -24,6 +24,7 @@ _COMMANDS = {
     "show": "asking:show",
     "import": "trajectory:import_command",
     "export": "trajectory:export_command",
+    "report": "reporting:report",
     "db": "database:db",
     "doctor": "doctor:doctor",
 }

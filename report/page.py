@@ -1,0 +1,104 @@
+"""The report as one HTML file that needs no network: Jinja2 escapes every text, Plotly's script travels inside.
+
+A content policy in the page allows its own scripts by their hashes and nothing else, so that a script that a model
+planted would not run even where escaping failed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from overnight.report.analysis import Analysis, Turn
+from overnight.report.charts import charts
+from overnight.report.story import duration, findings, headline, percent
+
+LAST_TURNS = 30
+MOST_KEPT = 60
+MAX_TEXT = 600
+
+
+def render_report(found: Analysis) -> str:
+    """Return the whole page."""
+    from jinja2 import Environment, StrictUndefined, select_autoescape
+
+    folder = resources.files("overnight.report") / "templates"
+    environment = Environment(
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "short": short, "share": share, "gain": lambda g: _gain(found, g)}
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    plotly = plotly_script()
+    figures = charts(found)
+    return environment.from_string((folder / "report.html").read_text(encoding="utf-8")).render(
+        found=found,
+        headline=headline(found),
+        findings=findings(found),
+        figures=figures,
+        data=json_for_script(figures),
+        style=(folder / "report.css").read_text(encoding="utf-8"),
+        plotly=plotly,
+        script=script,
+        policy=_policy([plotly, script]),
+        kept=_kept(found),
+        last=list(reversed(found.turns[-LAST_TURNS:])),
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        seconds=duration,
+    )
+
+
+def _kept(found: Analysis) -> list[Turn]:
+    """Return the kept turns, the best gains first."""
+    kept = [turn for turn in found.turns if turn.outcome == "kept"]
+    return sorted(kept, key=lambda turn: -(turn.gain if turn.gain is not None else -1e9))[:MOST_KEPT]
+
+
+@cache
+def plotly_script() -> str:
+    """Return Plotly's own script, as its Python package carries it."""
+    package = resources.files("plotly") / "package_data" / "plotly.min.js"
+    return package.read_text(encoding="utf-8").replace("</script", "<\\/script")
+
+
+def json_for_script(value: object) -> str:
+    """Return JSON that can stand inside a script element, whatever it holds."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+
+
+def number(value: object) -> str:
+    """Return a number as people read it; nothing for NULL."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def share(value: float | None) -> str:
+    """Return a share in percent; nothing for NULL."""
+    return "" if value is None else f"{value:.0%}"
+
+
+def short(value: Any) -> str:
+    """Return a text cut to what a table bears."""
+    text = "" if value is None else str(value)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _gain(found: Analysis, gain: float | None) -> str:
+    return "" if gain is None else percent(found, gain)
