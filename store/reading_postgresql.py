@@ -86,8 +86,11 @@ def _reading_session(url: URL) -> psycopg.Connection[tuple[object, ...]]:
 
 def _login(url: URL) -> psycopg.Connection[tuple[object, ...]]:
     import psycopg
+    from psycopg.types.numeric import FloatLoader
 
-    return psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    connection = psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    connection.adapters.register_loader("numeric", FloatLoader)  # a mean of literals is `numeric`: still a number
+    return connection
 
 
 def _ask(
