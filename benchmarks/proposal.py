@@ -264,15 +264,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--only", help="measure only methods whose name contains this")
+    parser.add_argument("--only", nargs="*", help="measure only methods whose name contains one of these")
+    parser.add_argument("--lineages", type=int, nargs="*", default=LINEAGES)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(json.dumps({"hardware": hardware, "torch": torch.__version__, "reply_tokens": REPLY_TOKENS}), flush=True)
     methods = Methods(*(random_qwen("cuda") if on_gpu else bundled()))
-    for lineage in LINEAGES:
+    for lineage in options.lineages:
         for name, measure in cases(methods, lineage, options.repeats):
-            if options.only and options.only not in name:
+            if options.only and not any(part in name for part in options.only):
                 continue
             try:
                 found = measure()

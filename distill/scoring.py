@@ -12,6 +12,7 @@ the model host only, so torch is imported here. Tree attention: Miao et al. 2023
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,10 @@ Tensor = torch.Tensor
 GROWTH = 1024
 """Positions by which the cache grows."""
 QUERY_BUCKET = 64
-ROW_BUCKET = 64
+ROW_BUCKET = 128
 KEY_BUCKET = 512
 """Lengths are rounded up to these on a GPU: each new bucket costs one capture (0.1 s), padding costs time each turn."""
+KEPT_GRAPHS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ class _Pass:
     """(1, 1, queries, keys): 0 where a token may look, the smallest number elsewhere."""
     rows: Tensor
     """(rows,): the queries whose logits are wanted."""
+    edge_rows: Tensor
+    """(edges,): for each edge of the tree, which of `rows` it starts from."""
+    edge_tokens: Tensor
+    """(edges,): and the token that it leads to."""
 
 
 class _Graph:
@@ -107,13 +113,14 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = scorer.forward(self._inputs)
+            self._output = scorer.forward(self._inputs)
 
-    def replay(self, inputs: _Pass) -> tuple[Tensor, Tensor]:
+    def replay(self, inputs: _Pass) -> Tensor:
+        """Return what the captured pass gives for `inputs`, valid until the next replay."""
         for name in _Pass.__slots__:
             getattr(self._inputs, name).copy_(getattr(inputs, name))
         self._graph.replay()
-        return self._outputs
+        return self._output
 
 
 class MenuScorer:
@@ -138,7 +145,7 @@ class MenuScorer:
         self.device = next(model.parameters()).device
         self._cache = _Slots()
         self._prompt: tuple[int, ...] = ()
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
         self._pool: Any = None
 
     @torch.inference_mode()
@@ -153,17 +160,13 @@ class MenuScorer:
         reused = min(common_prefix(self._prompt, prompt), len(prompt) - 1)
         inputs = self._inputs(prompt, reused, tree)
         self._prompt = ()  # until the pass is over, the cache is neither the old prompt's nor the new one's
-        logits, normalizer = self._run(inputs)
-        rows = torch.tensor([node + 1 for node, _ in tree.edges], device=self.device)
-        tokens = torch.tensor([token for _, token in tree.edges], device=self.device)
-        edges = logits[rows, tokens].float() - normalizer[rows]
-        log_probs = tree.totals(edges.tolist())
+        log_probs = tree.totals(self._run(inputs).tolist())
         self._prompt = tuple(prompt)
         leaves = len(tree.edges) - len(tree.tokens)
         return Scores(log_probs, len(prompt), reused, len(tree.tokens) + leaves)
 
-    def forward(self, inputs: _Pass) -> tuple[Tensor, Tensor]:
-        """Return logits (rows, vocabulary) in the model's precision and their log-sum-exp (rows,) in float32."""
+    def forward(self, inputs: _Pass) -> Tensor:
+        """Return the log-probability of each edge (edges,) in float32, from logits in the model's precision."""
         self._cache.slots, self._cache.length = inputs.slots, inputs.mask.shape[-1]
         output = self._model(
             input_ids=inputs.ids,
@@ -173,20 +176,23 @@ class MenuScorer:
             use_cache=True,
             logits_to_keep=inputs.rows,
         )
-        logits: Tensor = output.logits[0]
-        return logits, logits.float().logsumexp(-1)
+        logits: Tensor = output.logits[0].float()
+        return logits[inputs.edge_rows, inputs.edge_tokens] - logits.logsumexp(-1)[inputs.edge_rows]
 
     def held_bytes(self) -> int:
         """Return the memory of the cached keys and values."""
         return self._cache.bytes()
 
-    def _run(self, inputs: _Pass) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: _Pass) -> Tensor:
         if self.device.type != "cuda":
             return self.forward(inputs)
-        key = (inputs.ids.shape[1], inputs.mask.shape[-1], inputs.rows.shape[0])
+        key = tuple(getattr(inputs, name).shape[-1] for name in _Pass.__slots__)
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = _Graph(self, inputs, self._pool)
+            if len(self._graphs) > KEPT_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
         return self._graphs[key].replay(inputs)
 
     def _inputs(self, prompt: Sequence[int], reused: int, tree: TokenTree) -> _Pass:
@@ -199,12 +205,16 @@ class MenuScorer:
         positions = [*range(reused, len(prompt)), *(len(prompt) + depth for depth in tree.depths), *([0] * pad)]
         rows = [new - 1, *range(new, new + nodes)]
         rows += [0] * (self._bucket(len(rows), ROW_BUCKET) - len(rows))
+        edges = [(node + 1, token) for node, token in tree.edges]
+        edges += [(0, 0)] * (self._bucket(len(edges), ROW_BUCKET) - len(edges))
         return _Pass(
             ids=torch.tensor([ids], device=self.device),
             positions=torch.tensor([positions], device=self.device),
             slots=torch.arange(reused, reused + queries, device=self.device),
             mask=self._mask(len(prompt), reused, queries, keys, tree),
             rows=torch.tensor(rows, device=self.device),
+            edge_rows=torch.tensor([row for row, _ in edges], device=self.device),
+            edge_tokens=torch.tensor([token for _, token in edges], device=self.device),
         )
 
     def _mask(self, prompt: int, reused: int, queries: int, keys: int, tree: TokenTree) -> Tensor:
