@@ -81,7 +81,9 @@ def take(rows: Iterable[Sequence[object]], max_rows: int) -> tuple[list[Sequence
     return taken, None
 
 
-def read_sqlite(path: Path, timeout_s: float) -> tuple[sqlite3.Connection, Callable[[], bool]]:
+def read_sqlite(
+    path: Path, timeout_s: float, max_value_bytes: int = MAX_VALUE_BYTES
+) -> tuple[sqlite3.Connection, Callable[[], bool]]:
     """Open a SQLite file for reading only, with nothing made beside it; also return a look at its soundness.
 
     A file that nobody has open has no `-wal` beside it, and a plain read-only connection would make one. It is opened
@@ -99,7 +101,7 @@ def read_sqlite(path: Path, timeout_s: float) -> tuple[sqlite3.Connection, Calla
     try:
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max_value_bytes)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, MAX_PATTERN)
     except BaseException:
         connection.close()

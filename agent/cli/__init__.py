@@ -25,6 +25,7 @@ _COMMANDS = {
     "import": "trajectory:import_command",
     "export": "trajectory:export_command",
     "report": "reporting:report",
+    "serve": "reporting:serve",
     "db": "database:db",
     "doctor": "doctor:doctor",
 }
