@@ -15,10 +15,10 @@ from langgraph.graph import END, START, StateGraph
 from overnight.agent import nodes as stages
 from overnight.agent.campaign import Campaign
 from overnight.agent.events import Hooks
-from overnight.agent.nodes import TurnInput, TurnOutput, TurnState, TurnUpdate
 from overnight.agent.proposers.protocol import Proposer
 from overnight.agent.run import open_runtime
 from overnight.agent.runtime import Runtime
+from overnight.agent.state import StageName, TurnInput, TurnOutput, TurnState, TurnUpdate
 from overnight.rails.gate import Rail
 from overnight.store.errors import InputError
 from overnight.store.protocol import TrajectoryStore
@@ -115,7 +115,7 @@ def _follow(state: TurnState) -> Route:
     return _node(state["stage"])
 
 
-def _node(stage: stages.StageName) -> Route:
+def _node(stage: StageName) -> Route:
     return "__end__" if stage == "done" else stage
 
 

@@ -7,68 +7,22 @@ wants to know. Running a node again after a crash writes nothing twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from overnight.agent import calibrate as calibration
 from overnight.agent import finish as finishing
-from overnight.agent.events import Accepted, Blocked, Decided, GridRefined, ProposalFailed, TurnStarted
-from overnight.agent.measure import PauseRequested, Standing, measure_candidate, series_of, standing, stored_trials
-from overnight.agent.proposers.protocol import Answer, Ask, Observation
+from overnight.agent.events import Accepted, Blocked, Decided
+from overnight.agent.measure import PauseRequested, Standing, measure_candidate, standing
+from overnight.agent.propose import propose
 from overnight.agent.runtime import Runtime
-from overnight.agent.turns import (
-    Turn,
-    narrowed,
-    open_moves,
-    plan_turn,
-    rejections,
-    request_reply,
-    turn_prompt,
-)
+from overnight.agent.state import ASKED, StageName, TurnState, TurnUpdate
 from overnight.rails.gate import check_reply
 from overnight.rails.menu import Change
-from overnight.store.errors import ProposerError
-from overnight.store.protocol import (
-    Attempt,
-    CampaignState,
-    Measurement,
-    NewAttempt,
-    NewDecision,
-    NewVerdict,
-    Position,
-)
+from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict, Position
 from overnight.store.records import FailureClass, KnobValue, Outcome
-from overnight.store.tables import utc_now
 from overnight.trainer.noise import Spread
 
-ASKED = "iterations_asked"
-"""The turns asked for in this run are done, though the campaign's budget is not: it pauses and keeps its holdout."""
-StageName = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "done"]
-
-
-class TurnInput(TypedDict):
-    """What the graph is invoked with."""
-
-    campaign: str
-
-
-class TurnOutput(TypedDict, total=False):
-    """What one invocation, one turn, gives back."""
-
-    attempt_id: int | None
-    outcome: Outcome | None
-    best: float | None
-    stop_reason: str | None
-
-
-class TurnUpdate(TurnOutput, total=False):
-    """What a node hands on; never history."""
-
-    stage: StageName
-
-
-class TurnState(TurnInput, TurnUpdate):
-    """The graph's state."""
+__all__ = ["calibrate", "check_rails", "decide", "finish", "propose", "train", "validate"]
 
 
 def next_stage(runtime: Runtime) -> StageName:
@@ -110,110 +64,6 @@ def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     except PauseRequested:
         return {"stage": "done", "stop_reason": "paused"}
     return {"stage": next_stage(runtime)}
-
-
-def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
-    """Ask whoever has the turn, and store the prompt with the reply."""
-    campaign = runtime.state()
-    position = runtime.store.next_stage(campaign.id)
-    assert campaign.baseline_config_id is not None
-    baseline = runtime.store.config_of(campaign.baseline_config_id)
-    moves = open_moves(runtime, campaign, baseline)
-    if not moves:
-        return _refine_or_finish(runtime, campaign)
-    totals = runtime.store.knob_totals(campaign.id)
-    turn = plan_turn(runtime, campaign, position, totals)
-    metrics = series_of(stored_trials(runtime, campaign, campaign.baseline_config_id)).metrics
-    baseline_metric = math.fsum(metrics.values()) / len(metrics) if metrics else None
-    prompt = turn_prompt(
-        runtime,
-        campaign,
-        baseline=baseline,
-        baseline_metric=baseline_metric,
-        totals=totals,
-        turns=position.iteration - 1,
-    )
-    ask = Ask(
-        iteration=position.iteration,
-        prompt=prompt,
-        menu=runtime.campaign.menu,
-        direction=runtime.campaign.file.metric.direction,
-        baseline=baseline,
-        baseline_metric=baseline_metric,
-        moves=narrowed(moves, turn.knobs),
-        rejections=rejections(runtime, campaign, position),
-        history=StoredHistory(runtime, campaign),
-        seed=runtime.draw_seed("propose", position.iteration, position.try_no),
-    )
-    return _ask(runtime, campaign, position, turn, ask)
-
-
-def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Turn, ask: Ask) -> TurnUpdate:
-    where = {"iteration": position.iteration, "try_no": position.try_no}
-    name = turn.proposer.name
-    runtime.emit(TurnStarted(campaign=runtime.name, **where, proposer=name, role=turn.role))
-    started, answer, failed = utc_now(), None, None
-    try:
-        answer = _answer(turn, ask)
-    except ProposerError as error:
-        failed = error
-    assert campaign.baseline_config_id is not None
-    with runtime.writing() as writer:
-        description = turn.proposer.describe()
-        attempt_id = writer.attempt(
-            NewAttempt(
-                **where,
-                role=turn.role,
-                proposer_id=writer.proposer(name, str(description.get("kind", name)), description),
-                baseline_config_id=campaign.baseline_config_id,
-                prompt=ask.prompt,
-                audit=runtime.draw_unit("audit", position.iteration) < runtime.campaign.file.decision.audit,
-                request_event_id=turn.request[0] if turn.request else None,
-                reply=answer.reply if answer else None,
-                settings=answer.settings if answer else {},
-                usage=answer.usage if answer else {},
-                probabilities=answer.probabilities if answer else {},
-                latency_s=answer.latency_s if answer else None,
-                failure=failed.failure if failed else None,
-                trace=str(failed) if failed else "",
-                started_at=started,
-            )
-        )
-    if failed is None:
-        return {"stage": "check_rails", "attempt_id": attempt_id}
-    runtime.emit(
-        ProposalFailed(campaign=runtime.name, **where, proposer=name, failure=failed.failure, reason=str(failed))
-    )
-    return {"stage": "propose", "attempt_id": attempt_id}
-
-
-def _answer(turn: Turn, ask: Ask) -> Answer:
-    if turn.request is not None:
-        return Answer(reply=request_reply(turn.request[1]), latency_s=0.0, settings={"requested": True})
-    return turn.proposer.propose(ask)
-
-
-def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
-    """Grid float ranges finer, once; with nothing left then, the campaign is over."""
-    if campaign.refinement > 0:
-        return {"stage": "finish", "stop_reason": "menu_exhausted"}
-    refinement = campaign.refinement + 1
-    runtime.emit(GridRefined(campaign=runtime.name, refinement=refinement))
-    with runtime.writing(changes_campaign=True) as writer:
-        writer.refined(refinement)
-    return {"stage": "propose"}
-
-
-class StoredHistory:
-    """Implements `History` over the store."""
-
-    def __init__(self, runtime: Runtime, campaign: CampaignState) -> None:
-        self._runtime, self._campaign = runtime, campaign
-
-    def since(self, attempt_id: int) -> Iterator[Observation]:
-        """Yield the attempts decided after `attempt_id`, oldest first."""
-        for row in self._runtime.store.measured_since(self._campaign.id, attempt_id):
-            yield Observation(row.attempt_id, row.config, row.metric, row.failure)
 
 
 def check_rails(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001

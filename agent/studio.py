@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from langgraph.graph import StateGraph
 
-    from overnight.agent.nodes import TurnInput, TurnOutput, TurnState
+    from overnight.agent.state import TurnInput, TurnOutput, TurnState
 
 
 def make_graph() -> StateGraph[TurnState, None, TurnInput, TurnOutput]:

@@ -62,6 +62,7 @@ class CampaignState:
     started_at: str | None
     lease_owner: str | None
     lease_since: str | None
+    lease_seen_at: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

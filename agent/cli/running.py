@@ -13,6 +13,7 @@ import click
 from overnight.agent.campaign import Campaign, load_campaign
 from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
 from overnight.store.errors import InputError
+from overnight.store.lease import is_alive
 from overnight.store.protocol import CampaignState
 from overnight.store.sql_store import SqlStore
 
@@ -146,7 +147,7 @@ def pause(campaign: str, db: str) -> None:
     store = SqlStore.open(db)
     try:
         state = campaign_in(store, campaign)
-        if state.lease_owner is None:
+        if state.lease_owner is None or not is_alive(state.lease_owner, state.lease_seen_at):
             click.echo(f"campaign `{state.name}` is not running ({state.status})", err=True)
             raise SystemExit(1)
         store.request(state.id, "pause_requested", {})
@@ -214,7 +215,7 @@ def _status_row(store: SqlStore, name: str) -> list[object]:
     best = None if state.best_attempt_id is None else store.attempt(state.best_attempt_id)
     budget = state.spec["budget"]
     assert isinstance(budget, dict)
-    alive = state.lease_owner is not None
+    alive = state.lease_owner is not None and is_alive(state.lease_owner, state.lease_seen_at)
     stage = position.stage if state.environment_hash is not None else "calibrate"
     return [
         name,
@@ -229,6 +230,6 @@ def _status_row(store: SqlStore, name: str) -> list[object]:
         round(spent.trial_hours, 4),
         round(spent.energy_kwh, 4),
         state.lease_since if alive else None,
-        state.lease_owner,
+        state.lease_owner if alive else None,
         state.stop_reason,
     ]

@@ -250,6 +250,17 @@ def test_pause_from_another_terminal(tmp_path: Path) -> None:
     assert (process.returncode, "paused: asked by `overnight pause`" in output) == (0, True)
 
 
+def test_a_killed_run_is_shown_as_stopped(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 500}, trainer={"sleep_s": 0.02})
+    process = started("run", "mine", cwd=tmp_path)
+    wait_until(lambda: trials(tmp_path) > 0)
+    process.kill()
+    process.communicate()
+    (row,) = json.loads(overnight("status", "--format", "json", cwd=tmp_path).stdout)
+    assert (row["status"], row["running_as"]) == ("stopped (run it again to go on)", None)
+    assert overnight("pause", "c", cwd=tmp_path).returncode == 1
+
+
 def test_a_second_run_says_who_holds_the_campaign(tmp_path: Path) -> None:
     write(tmp_path / "mine", budget={"iterations": 500}, trainer={"sleep_s": 0.02})
     process = started("run", "mine", cwd=tmp_path)

@@ -14,7 +14,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 
 from overnight.agent.graph import build_graph
-from overnight.agent.nodes import TurnState, TurnUpdate
+from overnight.agent.state import TurnState, TurnUpdate
 from overnight.store.errors import InputError
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer

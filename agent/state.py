@@ -1,0 +1,36 @@
+"""What the graph's nodes hand on: where the turn stands and what a host application wants to know; never history."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from overnight.store.records import Outcome
+
+ASKED = "iterations_asked"
+"""The turns asked for in this run are done, though the campaign's budget is not: it pauses and keeps its holdout."""
+StageName = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "done"]
+
+
+class TurnInput(TypedDict):
+    """What the graph is invoked with."""
+
+    campaign: str
+
+
+class TurnOutput(TypedDict, total=False):
+    """What one invocation, one turn, gives back."""
+
+    attempt_id: int | None
+    outcome: Outcome | None
+    best: float | None
+    stop_reason: str | None
+
+
+class TurnUpdate(TurnOutput, total=False):
+    """What a node hands on; never history."""
+
+    stage: StageName
+
+
+class TurnState(TurnInput, TurnUpdate):
+    """The graph's state."""
