@@ -9,6 +9,10 @@ from overnight.report.analysis import Analysis
 CLOSE = 3.0
 """A threshold below so many standard deviations of a difference is within reach of noise (single runs)."""
 MANY_REPEATS = 0.3
+OFTEN = 3
+"""A change proposed so often is worth naming."""
+MIN_HOURS = 0.01
+"""Below it a gain per hour says nothing."""
 
 
 def headline(found: Analysis) -> str:
@@ -116,7 +120,7 @@ def _search(found: Analysis) -> Iterator[str]:
     if rate is not None:
         many = " The search went in circles." if rate >= MANY_REPEATS else ""
         often = ""
-        if top is not None and top["proposed"] > 1:
+        if top is not None and top["proposed"] >= OFTEN:
             often = f"; {top['knob']} = {top['new_value']} alone was proposed {top['proposed']} times"
             often += f" ({found.top_pair_share:.0%})"
         yield (
@@ -138,7 +142,7 @@ def _cost(found: Analysis) -> Iterator[str]:
     hours = f"{found.gpu_hours:.2f} hours in trials"
     energy = "energy was not measured" if found.energy_kwh is None else f"{found.energy_kwh:.3g} kWh"
     pays = []
-    if found.gain_per_gpu_hour is not None:
+    if found.gain_per_gpu_hour is not None and found.gpu_hours >= MIN_HOURS:
         pays.append(f"{percent(found, found.gain_per_gpu_hour)} a GPU-hour")
     if found.gain_per_kwh is not None:
         pays.append(f"{percent(found, found.gain_per_kwh)} a kWh")
