@@ -29,9 +29,13 @@ SHOWN = 20
 @click.option(
     "--campaign", "folder", metavar="DIR", help="Its campaign file: the menu, without which coverage is NULL."
 )
+@click.option("--seed", "new", metavar="DIR", help="Seed this new campaign's prompts with FILE's history instead.")
 @db_option
-def import_command(file: Path, name: str | None, folder: str | None, db: str) -> None:
+def import_command(*, file: Path, name: str | None, folder: str | None, new: str | None, db: str) -> None:
     """Take a trajectory (JSONL) from FILE, or `-`, into the store. Importing it again adds what is new."""
+    if new is not None:
+        _seed(file, new, name, db)
+        return
     from overnight.agent.campaign import NAME_PATTERN
     from overnight.store.trajectory import import_trajectory
 
@@ -53,6 +57,30 @@ def import_command(file: Path, name: str | None, folder: str | None, db: str) ->
         click.echo(f"overnight: {file}: {len(done.skipped) - SHOWN} more lines skipped", err=True)
     known = f", {done.known} were there already" if done.known else ""
     click.echo(f"imported {done.added} attempts into campaign `{done.campaign}`{known}", err=True)
+
+
+def _seed(file: Path, folder: str, name: str | None, db: str) -> None:
+    from overnight.agent.campaign import load_campaign
+    from overnight.store.seeding import seed_campaign
+
+    campaign = load_campaign(folder)
+    if name is not None and name != campaign.name:
+        raise InputError(f"`--name`: `--seed` names the campaign by its file, `{campaign.name}`; leave one out")
+    with _opened(file) as lines:
+        store = SqlStore.open(db, create=True)
+        try:
+            taken, _ = seed_campaign(
+                store,
+                lines,
+                name=campaign.name,
+                path=str(campaign.path),
+                spec=campaign.spec(),
+                frozen_hash=campaign.frozen_hash(),
+                origin=str(file),
+            )
+        finally:
+            store.close()
+    click.echo(f"campaign `{campaign.name}` begins with what {taken} attempts of {file} found", err=True)
 
 
 def _menu(folder: str) -> Mapping[str, JsonValue]:
