@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from overnight.trainer.worker import WorkerTrainer
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
     from langgraph.checkpoint.base import BaseCheckpointSaver
+    from langgraph.checkpoint.sqlite import SqliteSaver
 
 ABORT_AFTER = 2
 """A second signal ends the process at once: what was committed is there."""
@@ -270,11 +272,33 @@ def _pause(runtime: Runtime, reason: str) -> RunResult:
 
 @contextmanager
 def _checkpointer(path: Path | None) -> Iterator[BaseCheckpointSaver[str] | None]:
-    """Open the checkpoint file; one that is unusable is set aside, since the store knows the position."""
+    """Open the checkpoint file; one that is unusable is removed, since only the store knows the position."""
     if path is None:
         yield None
         return
+    saver = _open_checkpoints(path)
+    if saver is None:
+        path.unlink()
+        saver = _open_checkpoints(path)
+    try:
+        yield saver
+    finally:
+        if saver is not None:
+            saver.conn.close()
+
+
+def _open_checkpoints(path: Path) -> SqliteSaver | None:
+    """Return a saver on the file, or None where the file is no database."""
     from langgraph.checkpoint.sqlite import SqliteSaver
 
-    with SqliteSaver.from_conn_string(str(path)) as saver:
-        yield saver
+    connection = sqlite3.connect(path, check_same_thread=False)
+    try:
+        # What is lost with the power is made again from the store, so nothing waits for the disk here.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = OFF")
+        saver = SqliteSaver(connection)
+        saver.setup()
+    except sqlite3.DatabaseError:
+        connection.close()
+        return None
+    return saver

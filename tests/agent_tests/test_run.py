@@ -380,3 +380,13 @@ def test_what_this_machine_cannot_run_is_blocked_before_a_trial(tmp_path: Path, 
     state = store.campaign("c")
     assert state is not None
     assert [attempt.rail for attempt in store.attempts_of_turn(state.id, 1)] == ["R7_capability", None]
+
+
+def test_a_broken_checkpoint_file_stops_nothing(tmp_path: Path, store: SqlStore) -> None:
+    broken = tmp_path / "checkpoints"
+    broken.write_text("no database")
+    running = runtime(campaign(tmp_path, budget={"iterations": 2}), store)
+    try:
+        assert run_campaign(running, checkpoints=broken).finished
+    finally:
+        running.close()
