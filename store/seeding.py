@@ -11,7 +11,6 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from overnight.store.database import WRITE
 from overnight.store.errors import InputError
 from overnight.store.hashing import JsonValue
 from overnight.store.sql_store import SqlStore
@@ -64,7 +63,7 @@ def _write(store: SqlStore, campaign_id: int, attempts: list[AttemptLine], told:
         total["proposed"] += pair["proposed"]
         total["kept"] += pair["kept"]
         total["distinct_values"] += 1
-    with store.engine.execution_options(**WRITE).begin() as connection:
+    with store.transaction() as connection:
         rows = [{"campaign_id": campaign_id, "knob": k, "new_value": v, **pair} for (k, v), pair in pairs.items()]
         connection.execute(insert(PairTotalRow), rows)
         sums = [{"campaign_id": campaign_id, "knob": knob, **total} for knob, total in knobs.items()]

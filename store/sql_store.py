@@ -116,7 +116,12 @@ class SqlStore:
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
+    def transaction(self) -> Iterator[Connection]:
+        """One writing transaction without a lease: for whoever takes history in.
+
+        Raises:
+            StoreError: the database cannot be written; nothing of the transaction is there.
+        """
         try:
             with self._writes.begin() as connection:
                 yield connection
@@ -128,23 +133,23 @@ class SqlStore:
     @contextmanager
     def writing(self, lease: Lease) -> Iterator[SqlWriter]:
         """One transaction under the lease."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             leases.check(connection, lease)
             yield SqlWriter(connection, lease.campaign_id)
 
     def acquire(self, campaign_id: int) -> Lease:
         """Become the campaign's one writer."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return leases.acquire(connection, campaign_id)
 
     def renew(self, lease: Lease) -> None:
         """Show that the writer is alive."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             leases.renew(connection, lease)
 
     def release(self, lease: Lease) -> None:
         """Stop being the writer."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             leases.release(connection, lease)
 
     def open_campaign(
@@ -152,7 +157,7 @@ class SqlStore:
     ) -> CampaignState:
         """Return the campaign `name`, made if it is new, with the file's present content recorded."""
         body = canonical_json(spec)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(select(CampaignRow.id, CampaignRow.spec).where(CampaignRow.name == name)).first()
             if row is None:
                 connection.execute(
@@ -419,7 +424,7 @@ class SqlStore:
 
     def request(self, campaign_id: int, kind: str, payload: Mapping[str, JsonValue]) -> int:
         """Record what a person asks of a running campaign; needs no lease. Returns the event's id."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             SqlWriter(connection, campaign_id).event(kind, payload)
             return connection.execute(
                 select(func.max(EventRow.id)).where(EventRow.campaign_id == campaign_id)

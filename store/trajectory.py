@@ -13,7 +13,6 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, text, update
 
-from overnight.store.database import WRITE
 from overnight.store.errors import InputError
 from overnight.store.hashing import JsonValue, canonical_json, digest, text_digest
 from overnight.store.jsonl import Skipped
@@ -96,7 +95,7 @@ def import_trajectory(
     if not found.attempts:
         first = f"; line {found.skipped[0].line}: {found.skipped[0].why}" if found.skipped else ""
         raise InputError(f"`{origin}`: no attempt in it can be read{first}; give a trajectory as JSONL")
-    with store.engine.execution_options(**WRITE).begin() as connection:
+    with store.transaction() as connection:
         campaign_id = _campaign(connection, name, origin, found, menu)
         added = _add(connection, campaign_id, found)
         if added:

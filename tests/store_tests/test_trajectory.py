@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import Connection, event, text
 
-from overnight.store.errors import InputError
+from overnight.store.errors import InputError, StoreError
 from overnight.store.reading import query
 from overnight.store.sql_store import SqlStore
 from overnight.store.trajectory import Imported, import_trajectory
@@ -165,6 +165,16 @@ def test_a_campaign_that_was_run_is_not_imported_over(local: SqlStore) -> None:
     Campaigner(local, "old")
     with pytest.raises(InputError, match="--name"):
         take(local, every_stage())
+
+
+def test_a_full_disk_leaves_nothing_of_an_import(local: SqlStore) -> None:
+    @event.listens_for(local.engine, "begin")
+    def shrink(connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+
+    with pytest.raises(StoreError, match="full"):
+        take(local, random_history(2000))
+    assert local.campaigns() == []
 
 
 def test_coverage_needs_a_menu(local: SqlStore) -> None:
