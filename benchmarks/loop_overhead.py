@@ -3,7 +3,7 @@
 Runs the full menu of `campaigns/gpt354m` with the shipped ScriptedTrainer and ScriptedProposer, on a SQLite store with
 LangGraph's checkpoints beside it, as `overnight run` does. One campaign has `--turns` turns of history, another has
 none; blocks of both alternate, so that whatever else the machine does falls on both alike. Prints one JSON line: the
-median turn of each in milliseconds, and their ratio.
+median turn of each in milliseconds, their ratio, and how long one decision takes on the long history.
 
     python benchmarks/loop_overhead.py --turns 10000
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from overnight.agent.campaign import load_campaign, parse_campaign
 from overnight.agent.events import Decided, Event, TrialFinished, TrialStarted
+from overnight.agent.measure import standing
 from overnight.agent.proposers.protocol import Ask, reply_text
 from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.run import open_runtime, run_campaign
@@ -90,6 +91,25 @@ class Loop:
         runtime.close()
         return clock.overhead_ms[1:]
 
+    def decide(self, repeats: int = 50) -> float:
+        """Judge the last attempt from what is stored, nothing remembered; return the median in milliseconds."""
+        trainer = ScriptedTrainer(ScriptedSettings.model_validate(self._campaign.file.trainer))
+        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers={})
+        runtime.info = trainer.prepare()
+        state = runtime.state()
+        attempt = self._store.last_attempt(state.id)
+        assert attempt is not None
+        standing(runtime, state, attempt)
+        times = []
+        for _ in range(repeats):
+            runtime.trials.clear()
+            runtime.own_trials.clear()
+            begin = time.perf_counter()
+            standing(runtime, state, attempt)
+            times.append((time.perf_counter() - begin) * 1e3)
+        runtime.close()
+        return statistics.median(times)
+
     def close(self) -> None:
         self._store.close()
 
@@ -106,11 +126,13 @@ def main() -> None:
         for _ in range(BLOCKS):
             times["young"] += young.advance(BLOCK)
             times["old"] += old.advance(BLOCK)
+        decide = old.decide()
         young.close()
         old.close()
     first, last = statistics.median(times["young"]), statistics.median(times["old"])
     result = {"history": turns, "median_ms": round(first, 2), "median_ms_with_history": round(last, 2)}
-    print(json.dumps(result | {"ratio": round(last / first, 3), "machine": platform.machine()}))
+    result |= {"ratio": round(last / first, 3), "decide_ms_with_history": round(decide, 2)}
+    print(json.dumps(result | {"machine": platform.machine()}))
 
 
 if __name__ == "__main__":
