@@ -20,8 +20,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about the missing XDG_RUNTIME_DIR of a bare machine
         running = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="stop")
+        _forget_durability(running.get_uri())
         yield running.get_uri()
         running.cleanup()
+
+
+def _forget_durability(url: str) -> None:
+    """Spare the disk: these databases end with the session, and a busy machine syncs for minutes."""
+    admin = make_engine(database_url(url)).execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+    admin.dispose()
 
 
 @pytest.fixture
