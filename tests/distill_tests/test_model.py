@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from overnight.distill.base import BaseModel
 from overnight.distill.bundled import bundled_gguf
@@ -90,8 +89,7 @@ def test_the_second_use_of_a_gguf_file_converts_nothing(cache):
 @pytest.mark.slow
 def test_a_damaged_copy_is_made_again(cache):
     weights = dequantized(bundled_gguf(), None, cache) / "model.safetensors"
-    good = load_file(weights)["model.norm.weight"]
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert torch.equal(load_file(dequantized(bundled_gguf(), None, cache) / weights.name)["model.norm.weight"], good)
+    dequantized(bundled_gguf(), None, cache)
     assert weights.read_bytes() == whole
