@@ -112,6 +112,8 @@ def main() -> None:
     faulthandler.enable()  # a segmentation fault in a kernel leaves its Python stack in the trace
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Threads that wait must sleep: spinning ones starve whatever shares the cores (benchmarks/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     host, inbox = _Host(sock), Inbox(sock)

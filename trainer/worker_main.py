@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import socket
 import sys
 import time
@@ -132,6 +133,8 @@ def _error_frame(call: int, error: Exception) -> ErrorFrame:
 def main() -> None:
     """Answer until the other side closes the socket."""
     faulthandler.enable()  # a segmentation fault in a kernel leaves its Python stack in the trace
+    # Threads that wait must sleep: spinning ones starve whatever shares the cores (benchmarks/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     host, inbox = _Host(sock), Inbox(sock)
