@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from overnight.agent.decide import check_resolvable
 from overnight.agent.events import Calibrated, EnvironmentChanged
-from overnight.agent.measure import calibration_seeds, run_trial, series_of, stored_trials
+from overnight.agent.measure import calibration_seeds, last_line, run_trial, series_of, stored_trials
 from overnight.agent.runtime import Runtime
 from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.protocol import CampaignState
@@ -70,15 +70,15 @@ def _changed(state: CampaignState, runtime: Runtime) -> list[str]:
 def _measure_baseline(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
     """Run what is missing: each calibration seed once, the first of them twice."""
     seeds = calibration_seeds(runtime)
-    runs = [(seed, 0) for seed in seeds] + ([(seeds[0], 1)] if len(seeds) > 1 else [])
+    runs = [*seeds, seeds[0]] if len(seeds) > 1 else seeds
     with runtime.writing() as writer:
         config_id = writer.config(baseline)
-    done = {
-        (trial.seed, trial.replicate) for trial in stored_trials(runtime, state, config_id) if trial.metric is not None
-    }
-    for number, (seed, replicate) in enumerate(runs, 1):
-        if (seed, replicate) in done:
+    for number, seed in enumerate(runs, 1):
+        trials = [trial for trial in stored_trials(runtime, state, config_id) if trial.seed == seed]
+        good = sum(trial.metric is not None for trial in trials)
+        if good >= (2 if number > len(seeds) else 1):
             continue
+        replicate = max((trial.replicate for trial in trials), default=-1) + 1
         result = run_trial(
             runtime, baseline, seed, purpose="calibration", replicate=replicate, number=number, of=len(runs)
         )
@@ -87,8 +87,7 @@ def _measure_baseline(runtime: Runtime, state: CampaignState, baseline: Config) 
 
 
 def _refuse(runtime: Runtime, result: TrialResult) -> None:
-    last = next((line.strip() for line in reversed(result.trace.splitlines()) if line.strip()), "no trace")
-    what = f"the baseline failed ({result.failure}): {last[:300]}"
+    what = f"the baseline failed ({result.failure}): {last_line(result.trace)}"
     if result.failure == "harness":
         raise TrainerError(f"campaign `{runtime.name}`: {what}")
     remedy = {
@@ -107,14 +106,17 @@ def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
     trials = stored_trials(runtime, state, config_id)
     series = series_of(trials)
     calibrated = [series.metrics[seed] for seed in calibration_seeds(runtime)]
-    repeat = next((t.metric for t in trials if t.seed == calibration_seeds(runtime)[0] and t.replicate == 1), None)
-    kind: TrainerKind = "noisy" if repeat is None else classify([(calibrated[0], repeat)], calibrated)
+    first = [t.metric for t in trials if t.seed == calibration_seeds(runtime)[0] and t.metric is not None]
+    kind: TrainerKind = "noisy" if len(first) < 2 else classify([(first[0], first[1])], calibrated)
     noise_sd = Spread.from_values(calibrated).sd if len(calibrated) > 1 else None
     _check_resolvable(runtime, kind, dict(zip(calibration_seeds(runtime), calibrated, strict=True)))
     assert runtime.info is not None
     with runtime.writing(changes_campaign=True, changes_noise=True) as writer:
         writer.trainer(runtime.info, kind, noise_sd)
         writer.baseline(config_id)
+        position = runtime.store.next_stage(state.id)
+        if position.attempt_id is not None:  # it was being measured in another environment
+            writer.measured_anew(position.attempt_id)
     runtime.emit(
         Calibrated(
             campaign=runtime.name,
@@ -128,6 +130,11 @@ def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
 
 def _check_resolvable(runtime: Runtime, kind: TrainerKind, baseline: Mapping[int, float]) -> None:
     """Refuse a campaign that could never keep anything, before anything but its trials is recorded."""
+    if runtime.campaign.file.metric.gain == "relative" and math.fsum(baseline.values()) == 0:
+        raise CampaignError(
+            f"{runtime.campaign.path}: the baseline's `{runtime.campaign.file.metric.name}` is 0, so a relative gain "
+            'means nothing; set `gain = "absolute"` in `[metric]`'
+        )
     if len(baseline) < 2:
         return
     spread = Spread.from_values(list(baseline.values()))

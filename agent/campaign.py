@@ -7,6 +7,7 @@ are plain mappings. Reading a file starts nothing and imports no plugin.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ SettingsModel = TypeVar("SettingsModel", bound=BaseModel)
 class Section(BaseModel):
     """A table of the file: unknown keys are errors, values are not converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CampaignSection(Section):
@@ -319,6 +320,9 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
     Raises:
         CampaignError: as `load_campaign`.
     """
+    endless = _not_finite(data, "")
+    if endless is not None:
+        raise CampaignError(f"{path}: `{endless}` is not a finite number; leave the key out for no limit")
     file = validated(CampaignFile, data, str(path))
     if not file.proposers:
         raise CampaignError(f'{path}: `proposers` is empty; add a `[proposers.random]` with `kind = "random"`')
@@ -335,6 +339,15 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
     except ValueError as error:
         raise CampaignError(f"{path}: `decision`: {error}") from error
     return campaign
+
+
+def _not_finite(value: object, key: str) -> str | None:
+    """Return the key of the first number that is infinite or not a number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else key
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found = (_not_finite(part, f"{key}.{name}".lstrip(".")) for name, part in parts)
+    return next((where for where in found if where is not None), None)
 
 
 def _menu(file: CampaignFile, path: Path) -> Menu:

@@ -179,6 +179,7 @@ class HoldoutMeasured(Event):
 
     kind: ClassVar[str] = "holdout_measured"
     recorded: ClassVar[bool] = True
+    winner_attempt_id: int
     baseline_metric: float
     metric: float
     gain: float

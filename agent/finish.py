@@ -69,7 +69,8 @@ def _measure_holdout(runtime: Runtime, state: CampaignState) -> str | None:
         if isinstance(metrics, str):
             return metrics
         measured.append(metrics)
-    runtime.emit(_verdict(runtime, measured[0], measured[1]))
+    assert state.best_attempt_id is not None
+    runtime.emit(_verdict(runtime, state.best_attempt_id, measured[0], measured[1]))
     return None
 
 
@@ -80,19 +81,21 @@ def _series(
         config_id = writer.config(config)
     for number, seed in enumerate(seeds, 1 + part * len(seeds)):
         stored = series_of(stored_trials(runtime, state, config_id, split="holdout"))
-        if seed in stored.metrics:
-            continue
-        result = run_trial(
-            runtime, config, seed, purpose="holdout", split="holdout", number=number, of=2 * len(seeds),
-            replicate=stored.last_replicate.get(seed, -1) + 1,
-        )  # fmt: skip
-        if result.failure is not None:
-            return f"a holdout trial failed ({result.failure})"
+        while seed not in stored.metrics and stored.failure is None:
+            run_trial(
+                runtime, config, seed, purpose="holdout", split="holdout", number=number, of=2 * len(seeds),
+                replicate=stored.last_replicate.get(seed, -1) + 1,
+            )  # fmt: skip
+            stored = series_of(stored_trials(runtime, state, config_id, split="holdout"))
+        if stored.failure is not None:
+            return f"a holdout trial failed ({stored.failure.failure})"
     metrics = series_of(stored_trials(runtime, state, config_id, split="holdout")).metrics
     return {seed: metrics[seed] for seed in seeds}
 
 
-def _verdict(runtime: Runtime, baseline: Mapping[int, float], candidate: Mapping[int, float]) -> HoldoutMeasured:
+def _verdict(
+    runtime: Runtime, winner_attempt_id: int, baseline: Mapping[int, float], candidate: Mapping[int, float]
+) -> HoldoutMeasured:
     """Return the paired gain with its interval by Student's t."""
     from scipy.special import stdtrit
 
@@ -103,6 +106,7 @@ def _verdict(runtime: Runtime, baseline: Mapping[int, float], candidate: Mapping
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * Spread.from_values(gains).sd / math.sqrt(n)
     return HoldoutMeasured(
         campaign=runtime.name,
+        winner_attempt_id=winner_attempt_id,
         baseline_metric=math.fsum(baseline.values()) / n,
         metric=math.fsum(candidate.values()) / n,
         gain=mean,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from overnight.agent.decide import AUDIT_SEEDS, Verdict, judge, seed_order
 from overnight.agent.events import TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
+from overnight.store.errors import TrainerError
 from overnight.store.protocol import Attempt, CampaignState, NewTrial, Trial
 from overnight.store.records import Config, FailureClass, Purpose, Split, TrialProgress, TrialRequest, TrialResult
 
@@ -36,22 +37,24 @@ class Series:
 
 
 def series_of(trials: Sequence[Trial]) -> Series:
-    """Sum a configuration's trials up, oldest first."""
+    """Sum a configuration's trials up, oldest first; a later good run of a seed makes up for a failed one."""
     metrics: dict[int, float] = {}
-    harness: dict[int, int] = {}
+    failures: dict[int, list[Trial]] = {}
     last: dict[int, int] = {}
-    failure = None
     for trial in trials:
         if trial.seed is None:
             continue
         last[trial.seed] = trial.replicate
         if trial.metric is not None:
             metrics.setdefault(trial.seed, trial.metric)
-        elif trial.failure == "harness" and harness.get(trial.seed, 0) < HARNESS_RETRIES:
-            harness[trial.seed] = harness.get(trial.seed, 0) + 1
         else:
-            failure = trial
-    return Series(metrics, failure, last)
+            failures.setdefault(trial.seed, []).append(trial)
+    failed = [runs[-1] for seed, runs in failures.items() if seed not in metrics and not _may_retry(runs)]
+    return Series(metrics, failed[0] if failed else None, last)
+
+
+def _may_retry(runs: Sequence[Trial]) -> bool:
+    return len(runs) <= HARNESS_RETRIES and all(run.failure == "harness" for run in runs)
 
 
 def run_trial(
@@ -147,9 +150,8 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     trials = _own_trials(runtime, attempt)
     baseline_trials = stored_trials(runtime, state, attempt.baseline_config_id)
     own, baseline = series_of(_looks(trials)), series_of(_looks(baseline_trials))
-    failed = own.failure or baseline.failure
-    if failed is not None:
-        return Standing(None, own, baseline, None, failed.failure, failed.trace or "")
+    if own.failure is not None:
+        return Standing(None, own, baseline, None, own.failure.failure, own.failure.trace or "")
     settings = runtime.campaign.decision
     # What this attempt itself adds to the baseline must not change the order that it began with.
     before = sorted(series_of(_looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
@@ -165,10 +167,12 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
 
 
 def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
-    """Return the trials of the candidate itself; an attempt may also have paid for some of its baseline's."""
+    """Return the candidate's own trials in the present environment; an attempt may pay for its baseline's too."""
     if attempt.id not in runtime.own_trials:
+        here = (attempt.config_id, runtime.trainer_hash, runtime.environment_hash)
         trials = runtime.store.trials_of_attempt(attempt.id)
-        runtime.own_trials = {attempt.id: [trial for trial in trials if trial.config_id == attempt.config_id]}
+        own = [trial for trial in trials if (trial.config_id, trial.trainer_hash, trial.environment_hash) == here]
+        runtime.own_trials = {attempt.id: own}
     return runtime.own_trials[attempt.id]
 
 
@@ -195,9 +199,8 @@ def measure_candidate(runtime: Runtime, state: CampaignState, attempt: Attempt) 
 
     Raises:
         PauseRequested: a pause was asked for between two trials.
+        TrainerError: the baseline, which ran before, failed; no candidate answers for that.
     """
-    assert attempt.config_id is not None
-    assert attempt.baseline_config_id is not None
     of = runtime.campaign.decision.max_trials
     while True:
         now = standing(runtime, state, attempt)
@@ -221,7 +224,7 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
     else:
         config_id, series = attempt.config_id, series_of(_own_trials(runtime, attempt))
         purpose = "audit" if audit else "confirmation" if now.candidate.metrics else "screening"
-    run_trial(
+    result = run_trial(
         runtime,
         runtime.store.config_of(config_id),
         seed,
@@ -231,3 +234,14 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
         number=number,
         of=of,
     )
+    first_harness = result.failure == "harness" and seed not in series.last_replicate
+    if result.failure is not None and config_id == attempt.baseline_config_id and not audit and not first_harness:
+        raise TrainerError(
+            f"campaign `{runtime.name}`: the baseline failed ({result.failure}) on seed {seed}, though it ran before: "
+            f"{last_line(result.trace)}; free what it needs and run again to go on"
+        )
+
+
+def last_line(trace: str) -> str:
+    """Return the last line of a trace that says something, cut."""
+    return next((line.strip()[:300] for line in reversed(trace.splitlines()) if line.strip()), "no trace")

@@ -12,7 +12,7 @@ from typing import TypedDict
 from overnight.agent import calibrate as calibration
 from overnight.agent import finish as finishing
 from overnight.agent.events import Accepted, Blocked, Decided
-from overnight.agent.measure import PauseRequested, Standing, measure_candidate, standing
+from overnight.agent.measure import PauseRequested, Standing, last_line, measure_candidate, standing
 from overnight.agent.propose import propose
 from overnight.agent.runtime import Runtime
 from overnight.agent.state import ASKED, StageName, TurnState, TurnUpdate
@@ -46,6 +46,8 @@ def stop_reason(runtime: Runtime, state: CampaignState, position: Position) -> s
         return "iterations"
     if runtime.iterations is not None and done >= runtime.iterations:
         return ASKED
+    if runtime.until is not None and runtime.clock() >= runtime.until:
+        return ASKED
     if runtime.deadline is not None and runtime.clock() >= runtime.deadline:
         return "until"
     if budget.gpu_hours is not None and spent.trial_hours >= budget.gpu_hours:
@@ -57,13 +59,21 @@ def stop_reason(runtime: Runtime, state: CampaignState, position: Position) -> s
     return None
 
 
+def is_over(runtime: Runtime, state: CampaignState) -> bool:
+    """Whether a finished campaign's budget still says so: it may have been raised since."""
+    if state.stop_reason == "menu_exhausted":
+        return True
+    return stop_reason(runtime, state, runtime.store.next_stage(state.id)) not in (None, ASKED)
+
+
 def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     """Prepare the trainer, and measure the baseline where the present environment lacks it."""
     try:
         calibration.calibrate(runtime)
     except PauseRequested:
         return {"stage": "done", "stop_reason": "paused"}
-    return {"stage": next_stage(runtime)}
+    stage = next_stage(runtime)
+    return {"stage": stage, "stop_reason": ASKED} if stage == "done" else {"stage": stage}
 
 
 def check_rails(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
@@ -186,7 +196,7 @@ def decide(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     outcome: Outcome
     failure: FailureClass | None = now.failure
     if now.verdict is None:
-        outcome, explanation = "failed", f"{failure}: {_last_line(now.trace)}"
+        outcome, explanation = "failed", f"{failure}: {last_line(now.trace)}"
     else:
         outcome = "kept" if now.verdict.action == "keep" else "reverted"
         explanation = now.verdict.explanation
@@ -212,10 +222,6 @@ def _beats_best(runtime: Runtime, campaign: CampaignState, now: Standing) -> boo
     best = runtime.store.attempt(campaign.best_attempt_id)
     assert now.verdict is not None
     return best.gain is None or (now.verdict.gain or 0.0) > best.gain
-
-
-def _last_line(trace: str) -> str:
-    return next((line.strip()[:200] for line in reversed(trace.splitlines()) if line.strip()), "no trace")
 
 
 def _turn_over(runtime: Runtime, attempt_id: int) -> TurnUpdate:

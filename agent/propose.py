@@ -34,7 +34,7 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     if not moves:
         return _refine_or_finish(runtime, campaign)
     totals = runtime.store.knob_totals(campaign.id)
-    turn = plan_turn(runtime, campaign, position, totals)
+    turn = plan_turn(runtime, campaign, position, totals=totals, moves=moves)
     metrics = series_of(stored_trials(runtime, campaign, campaign.baseline_config_id)).metrics
     baseline_metric = math.fsum(metrics.values()) / len(metrics) if metrics else None
     prompt = turn_prompt(

@@ -192,7 +192,7 @@ def check_frozen(campaign: Campaign, store: TrajectoryStore) -> None:
         CampaignError: names the first key that changed.
     """
     state = store.campaign(campaign.name)
-    if state is None or state.frozen_hash == campaign.frozen_hash():
+    if state is None or state.baseline_config_id is None or state.frozen_hash == campaign.frozen_hash():
         return
     before, now = frozen_part(state.spec), campaign.frozen()
     key = next((key for key in now if before.get(key) != now[key]), "campaign")
@@ -222,31 +222,39 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
         CampaignError, TrainerError, StoreError: as the nodes do; the position is kept.
     """
     from overnight.agent.graph import turn_graph
+    from overnight.agent.nodes import next_stage
 
     switch = switch or PauseSwitch()
     runtime.info = prepared(runtime.campaign, runtime.trainer)
-    runtime.pause_wanted = lambda: switch.reason
     _start(runtime)
+    campaign_id = runtime.state().id
+
+    def pause_wanted() -> str | None:
+        if switch.reason is None and runtime.store.pause_requested(campaign_id):
+            switch.reason = "asked by `overnight pause`"
+        return switch.reason
+
+    runtime.pause_wanted = pause_wanted
     with _checkpointer(checkpoints) as saver:
         graph = turn_graph(runtime).compile(checkpointer=saver)
         config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
-        while True:
+        while pause_wanted() is None and next_stage(runtime) != "done":
             if saver is not None:
                 saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
             output = graph.invoke({"campaign": runtime.name}, config, durability="exit" if saver else None)
             state = runtime.state()
             if state.status == "finished":
                 return RunResult(state.stop_reason or "iterations", finished=True)
-            if switch.reason is None and runtime.store.pause_requested(state.id):
-                switch.reason = "asked by `overnight pause`"
-            reason = output.get("stop_reason")
-            if switch.reason is not None or reason is not None:
-                return _pause(runtime, switch.reason or "the turns asked for are done")
+            if output.get("stop_reason") is not None:
+                break
+        return _pause(runtime, switch.reason or "what was asked of this run is done")
 
 
 def _start(runtime: Runtime) -> None:
-    state = runtime.state()
-    # A file that changed where it may is recorded before anything runs with it.
+    runtime.state()
+    with runtime.writing(changes_campaign=True) as writer:
+        writer.status("running")
+    # Only the one writer records a file that changed.
     campaign = runtime.campaign
     runtime.store.open_campaign(
         name=campaign.name,
@@ -255,11 +263,11 @@ def _start(runtime: Runtime) -> None:
         frozen_hash=campaign.frozen_hash(),
         knobs_on_menu=len(campaign.menu.knobs),
     )
-    position = runtime.store.next_stage(state.id)
+    position = runtime.store.next_stage(runtime.state().id)
     budget = campaign.file.budget.iterations
     runtime.emit(RunStarted(campaign=runtime.name, iteration=position.iteration, budget=budget, pid=os.getpid()))
-    with runtime.writing(changes_campaign=True) as writer:
-        writer.status("running")
+    with runtime.writing(changes_campaign=True):
+        pass  # the event alone
 
 
 def _pause(runtime: Runtime, reason: str) -> RunResult:
@@ -272,14 +280,8 @@ def _pause(runtime: Runtime, reason: str) -> RunResult:
 
 @contextmanager
 def _checkpointer(path: Path | None) -> Iterator[BaseCheckpointSaver[str] | None]:
-    """Open the checkpoint file; one that is unusable is removed, since only the store knows the position."""
-    if path is None:
-        yield None
-        return
-    saver = _open_checkpoints(path)
-    if saver is None:
-        path.unlink()
-        saver = _open_checkpoints(path)
+    """Open the checkpoint file; without a usable one the run goes on, since only the store knows the position."""
+    saver = None if path is None else _open_checkpoints(path)
     try:
         yield saver
     finally:
@@ -288,17 +290,23 @@ def _checkpointer(path: Path | None) -> Iterator[BaseCheckpointSaver[str] | None
 
 
 def _open_checkpoints(path: Path) -> SqliteSaver | None:
-    """Return a saver on the file, or None where the file is no database."""
+    """Return a saver on the file, made anew where it is no database; None where even that cannot be."""
     from langgraph.checkpoint.sqlite import SqliteSaver
 
-    connection = sqlite3.connect(path, check_same_thread=False)
-    try:
-        # What is lost with the power is made again from the store, so nothing waits for the disk here.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = OFF")
-        saver = SqliteSaver(connection)
-        saver.setup()
-    except sqlite3.DatabaseError:
-        connection.close()
-        return None
-    return saver
+    for _ in range(2):
+        connection = None
+        try:
+            connection = sqlite3.connect(path, check_same_thread=False)
+            # What is lost with the power is made again from the store, so nothing waits for the disk here.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = OFF")
+            saver = SqliteSaver(connection)
+            saver.setup()
+            return saver
+        except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
+            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_NOTADB:
+                return None
+            path.unlink()
+    return None

@@ -19,6 +19,7 @@ from overnight.agent.events import Event, EventBuffer, EventStream, Hooks
 from overnight.agent.proposers.protocol import Proposer
 from overnight.rails.capability import CapabilityRail
 from overnight.rails.gate import NoveltyRail, Rail
+from overnight.rails.menu import Menu
 from overnight.store.errors import CampaignError
 from overnight.store.hashing import digest
 from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore, Trial
@@ -50,7 +51,9 @@ class Runtime:
     deadline: float | None = None
     """When `budget.until` comes, in seconds since the epoch."""
     iterations: int | None = None
-    """Stop after this many turns in all, if that is before the budget's end."""
+    """Pause after this many turns in all, if that is before the budget's end."""
+    until: float | None = None
+    """Pause at this time, in seconds since the epoch."""
     info: TrainerInfo | None = None
     """The prepared trainer; set by the `calibrate` node."""
     lease: Lease | None = None
@@ -79,11 +82,7 @@ class Runtime:
         self.events.emit(event)
 
     def state(self) -> CampaignState:
-        """Return where the campaign stands, made in the store if it is new.
-
-        Raises:
-            CampaignError: a key changed that may not change between runs.
-        """
+        """Return where the campaign stands, made in the store if it is new."""
         state = self._state or self.store.campaign(self.name)
         if state is None:
             file = self.campaign
@@ -191,17 +190,24 @@ class Runtime:
 
     def earlier(self, state: CampaignState, configs: Sequence[Config]) -> list[str | None]:
         """Say for each configuration what became of it, or None where the decision rule is not done with it."""
-        ids = [digest(config) for config in configs]
-        found = self.store.earlier(state.id, ids)
-        first = digest(self.campaign.menu.default)
-        return [
-            result_in_words(found[config_id])
-            if config_id in found
-            else "it was the first baseline"
-            if config_id == first and state.baseline_config_id not in (None, first)
-            else None
-            for config_id in ids
-        ]
+        return results_in_words(self.store, state, self.campaign.menu, configs)
+
+
+def results_in_words(
+    store: TrajectoryStore, state: CampaignState, menu: Menu, configs: Sequence[Config]
+) -> list[str | None]:
+    """Say for each configuration what became of it, or None where the decision rule is not done with it."""
+    ids = [digest(config) for config in configs]
+    found = store.earlier(state.id, ids)
+    first = digest(menu.default)
+    return [
+        _in_words(found[config_id])
+        if config_id in found
+        else "it was the first baseline"
+        if config_id == first and state.baseline_config_id not in (None, first)
+        else None
+        for config_id in ids
+    ]
 
 
 def _remember(cache: dict[str, T], config: Config, ask: Callable[[Config], T]) -> T:
@@ -211,8 +217,7 @@ def _remember(cache: dict[str, T], config: Config, ask: Callable[[Config], T]) -
     return cache[key]
 
 
-def result_in_words(attempt: Attempt) -> str:
-    """Say what became of a measured configuration, for rails and people."""
+def _in_words(attempt: Attempt) -> str:
     if attempt.outcome == "failed":
         return f"it failed in turn {attempt.iteration} ({attempt.failure})"
     gain = "" if attempt.gain is None else f" with a gain of {attempt.gain:+.4g}"

@@ -6,8 +6,9 @@ from typing import Literal, TypedDict
 
 from overnight.store.records import Outcome
 
-ASKED = "iterations_asked"
-"""The turns asked for in this run are done, though the campaign's budget is not: it pauses and keeps its holdout."""
+ASKED = "asked"
+"""What was asked of this run (`--iterations`, `--until`) is done, though the campaign's budget is not: it pauses and
+keeps its holdout."""
 StageName = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "done"]
 
 

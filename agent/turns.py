@@ -37,15 +37,22 @@ class Turn:
     """A person's proposal, by the id of its event."""
 
 
-def plan_turn(runtime: Runtime, state: CampaignState, position: Position, totals: Sequence[KnobTotal]) -> Turn:
-    """Return who proposes at `position`."""
+def plan_turn(
+    runtime: Runtime,
+    state: CampaignState,
+    position: Position,
+    *,
+    totals: Sequence[KnobTotal],
+    moves: Sequence[Change],
+) -> Turn:
+    """Return who proposes at `position`; only knobs with an open move are warmed up or explored."""
     earlier = runtime.store.attempts_of_turn(state.id, position.iteration) if position.try_no > 1 else ()
     if position.try_no >= MAX_TRIES or any(attempt.outcome == "failed" for attempt in earlier):
         return Turn("fallback", fallback(runtime))
     requests = runtime.store.pending_requests(state.id)
     if requests and position.try_no == 1:
         return Turn("request", champion(runtime), request=requests[0])
-    router, tried = runtime.campaign.file.router, _tries(runtime, totals)
+    router, tried = runtime.campaign.file.router, _tries(moves, totals)
     if router.warmup:
         untouched = tuple(knob for knob, count in tried.items() if count == 0)
         if untouched:
@@ -67,8 +74,8 @@ def fallback(runtime: Runtime) -> Proposer:
     return next(uniform, None) or RandomProposer(FALLBACK_NAME)
 
 
-def _tries(runtime: Runtime, totals: Sequence[KnobTotal]) -> dict[str, int]:
-    tried = dict.fromkeys(runtime.campaign.menu.by_name, 0)
+def _tries(moves: Sequence[Change], totals: Sequence[KnobTotal]) -> dict[str, int]:
+    tried = dict.fromkeys((move.knob for move in moves), 0)
     return tried | {total.knob: total.proposed for total in totals if total.knob in tried}
 
 
@@ -90,10 +97,8 @@ def _candidate(runtime: Runtime, baseline: Config, move: Change) -> Candidate:
 
 
 def narrowed(moves: tuple[Change, ...], knobs: tuple[str, ...] | None) -> tuple[Change, ...]:
-    """Return the moves of some knobs, or all where those have none left."""
-    if knobs is None:
-        return moves
-    return tuple(move for move in moves if move.knob in knobs) or moves
+    """Return the moves of some knobs, or all."""
+    return moves if knobs is None else tuple(move for move in moves if move.knob in knobs)
 
 
 def rejections(runtime: Runtime, state: CampaignState, position: Position) -> tuple[Rejection, ...]:

@@ -64,6 +64,8 @@ class Knob:
             raise MenuError(f"{where}: `range` needs two finite numbers")
         if self.low >= self.high:
             raise MenuError(f"{where}: `range` must go from a smaller to a larger number; remove the knob to fix it")
+        if self.type == "int" and math.floor(self.high) <= math.ceil(self.low):
+            raise MenuError(f"{where}: `range` holds fewer than two whole numbers; widen it, or remove the knob")
         if self.scale == "log" and self.low <= 0:
             raise MenuError(f'{where}: a `log` scale needs a range above 0; set `scale = "linear"` or raise it')
         if self.levels < 2:
@@ -118,7 +120,7 @@ class Knob:
         assert self.high is not None
         points = (self.levels - 1) * 2**refinement + 1
         if self.type == "int":
-            points = min(points, int(self.high) - int(self.low) + 1)
+            points = min(points, math.floor(self.high) - math.ceil(self.low) + 1)
         values = {self._grid_point(i / (points - 1)) for i in range(points)}
         return tuple(sorted(values, key=float))
 

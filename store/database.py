@@ -64,7 +64,7 @@ def open_engine(where: str | Path, *, create: bool = False) -> Engine:
         if current is None and (create or is_new):
             upgrade(engine)
         else:
-            check_revision(current, str(where))
+            check_revision(current, _shown(url))
     except DBAPIError as error:
         engine.dispose()
         raise StoreError(f"`--db`: cannot use `{_shown(url)}`: {_first_line(error)}") from error

@@ -194,6 +194,8 @@ class Trial:
     attempt_id: int | None
     purpose: Purpose
     config_id: str
+    trainer_hash: str
+    environment_hash: str
     split: Split
     seed: int | None
     replicate: int
@@ -302,6 +304,10 @@ class StoreWriter(Protocol):
 
     def trained(self, attempt_id: int) -> None:
         """Take an attempt from `checked` to `trained`: no more trials are needed."""
+        ...
+
+    def measured_anew(self, attempt_id: int) -> None:
+        """Take an attempt that is not decided back to `checked`: its trials belong to another environment."""
         ...
 
     def measurement(self, new: Measurement) -> None:

@@ -158,7 +158,8 @@ class SqlStore:
         """Return the campaign `name`, made if it is new, with the file's present content recorded."""
         body = canonical_json(spec)
         with self.transaction() as connection:
-            row = connection.execute(select(CampaignRow.id, CampaignRow.spec).where(CampaignRow.name == name)).first()
+            columns = CampaignRow.id, CampaignRow.spec, CampaignRow.baseline_config_id
+            row = connection.execute(select(*columns).where(CampaignRow.name == name)).first()
             if row is None:
                 connection.execute(
                     insert(CampaignRow).values(
@@ -173,7 +174,10 @@ class SqlStore:
                     )
                 )
             elif row.spec != body:
-                connection.execute(update(CampaignRow).where(CampaignRow.id == row.id).values(spec=body, path=path))
+                values: dict[str, Any] = {"spec": body, "path": path}
+                if row.baseline_config_id is None:  # nothing was decided yet, so everything may still change
+                    values |= {"frozen_hash": frozen_hash, "knobs_on_menu": knobs_on_menu, **_columns_of(spec)}
+                connection.execute(update(CampaignRow).where(CampaignRow.id == row.id).values(**values))
                 before = json.loads(row.spec)
                 changed = sorted(key for key in {*before, *spec} if before.get(key) != spec.get(key))
                 SqlWriter(connection, row.id).event("file_changed", {"changed": changed})
@@ -319,18 +323,16 @@ class SqlStore:
 
     def seed_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
         """Return the trial noise over seeds from calibration runs in one environment."""
-        query = (
-            select(TrialRow.metric, TrialRow.config_id)
-            .where(
-                TrialRow.campaign_id == campaign_id,
-                TrialRow.purpose == "calibration",
-                TrialRow.replicate == 0,
-                TrialRow.trainer_hash == trainer_hash,
-                TrialRow.environment_hash == environment_hash,
-                TrialRow.metric.is_not(None),
-            )
-            .subquery()
+        calibration = (
+            TrialRow.campaign_id == campaign_id,
+            TrialRow.purpose == "calibration",
+            TrialRow.trainer_hash == trainer_hash,
+            TrialRow.environment_hash == environment_hash,
+            TrialRow.metric.is_not(None),
         )
+        # One good run of each seed: the repeat of the first would count its seed twice.
+        first = select(func.min(TrialRow.id)).where(*calibration).group_by(TrialRow.config_id, TrialRow.seed)
+        query = select(TrialRow.metric, TrialRow.config_id).where(TrialRow.id.in_(first)).subquery()
         return self._spread(query.c.metric, query.c.config_id)
 
     def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:

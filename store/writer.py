@@ -180,6 +180,11 @@ class SqlWriter:
         """Take an attempt from `checked` to `trained`: no more trials are needed."""
         self._advance(attempt_id, "checked", stage="trained")
 
+    def measured_anew(self, attempt_id: int) -> None:
+        """Take an attempt that is not decided back to `checked`: its trials belong to another environment."""
+        for stage in ("trained", "validated"):
+            self._advance(attempt_id, stage, stage="checked")
+
     def measurement(self, new: Measurement) -> None:
         """Take an attempt from `trained` to `validated`."""
         self._advance(

@@ -6,16 +6,16 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from overnight.agent.campaign import FILE_NAME, bundled_campaigns, load_campaign, parse_campaign
-from overnight.agent.cli.options import db_option
-from overnight.rails.gate import NoveltyRail, check_reply
+from overnight.agent.campaign import FILE_NAME, Campaign, bundled_campaigns, load_campaign, parse_campaign
+from overnight.agent.cli.options import db_option, newest_name
+from overnight.rails.gate import NoveltyRail, Rail, check_reply
 from overnight.store.errors import InputError
-from overnight.store.hashing import digest
 from overnight.store.records import Config
 
 _TEMPLATES = {"quickstart": "quickstart", "gpt354m": "gpt354m", "command": "command_example"}
@@ -65,17 +65,20 @@ def _replace_menu(document: Any, menu: Path) -> None:
 
 @click.command()
 @click.argument("campaign")
-@click.argument("file", type=click.File("r"), default="-")
+@click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"), default="-")
 @db_option
 def check(campaign: str, file: Any, db: str) -> None:
     """Put one proposal (FILE, or - for standard input) through a campaign's rails.
 
-    Exit code 0: it passed; 1: it is blocked, and the rail's id and reason are printed.
+    Exit code 0: it passed; 1: it is blocked, and the rail's id and reason are printed. `R7_capability` is left to the
+    run, which knows the machine.
     """
+    from overnight.agent.run import rails_of
+
     loaded = load_campaign(campaign)
-    baseline, earlier = _memory(db, loaded.name, loaded.menu.default)
-    skipped = loaded.file.rails.skip
-    rails = [] if "R6_novelty" in skipped else [NoveltyRail(earlier)]
+    baseline, earlier = _memory(db, loaded)
+    novelty = [] if "R6_novelty" in loaded.file.rails.skip else [NoveltyRail(earlier)]
+    rails: list[Rail] = [*novelty, *rails_of(loaded)]
     verdict = check_reply(file.read(), menu=loaded.menu, baseline=baseline, rails=rails)
     if verdict.passed:
         assert verdict.diff is not None
@@ -86,21 +89,17 @@ def check(campaign: str, file: Any, db: str) -> None:
     sys.exit(1)
 
 
-def _memory(db: str, name: str, default: Config) -> tuple[Config, Any]:
+def _memory(db: str, campaign: Campaign) -> tuple[Config, Callable[[Config], str | None]]:
     """Return the present baseline and what became of configurations, where a store knows the campaign."""
-    from overnight.agent.runtime import result_in_words
+    from overnight.agent.runtime import results_in_words
     from overnight.store.sql_store import SqlStore
 
-    try:
-        store = SqlStore.open(db)
-    except InputError:
-        return default, lambda _config: None
-    state = store.campaign(name)
+    fresh = campaign.menu.default, lambda _config: None
+    if "://" not in db and not Path(db).exists():
+        return fresh
+    store = SqlStore.open(db)
+    state = store.campaign(newest_name(store, campaign.name, campaign.path))
     if state is None or state.baseline_config_id is None:
-        return default, lambda _config: None
-
-    def earlier(config: Config) -> str | None:
-        found = store.earlier(state.id, [digest(config)])
-        return next((result_in_words(attempt) for attempt in found.values()), None)
-
-    return store.config_of(state.baseline_config_id), earlier
+        return fresh
+    baseline = store.config_of(state.baseline_config_id)
+    return baseline, lambda config: results_in_words(store, state, campaign.menu, [config])[0]

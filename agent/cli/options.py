@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def _cell(value: object) -> str:
 
 
 def campaign_in(store: SqlStore, name_or_folder: str) -> CampaignState:
-    """Return a stored campaign by name, or by the folder of its file.
+    """Return a stored campaign by name, or the newest that was run from a folder.
 
     Raises:
         InputError: the store has none such; the message lists those it has.
@@ -88,8 +89,36 @@ def campaign_in(store: SqlStore, name_or_folder: str) -> CampaignState:
     if state is None and Path(name_or_folder).exists():
         from overnight.agent.campaign import load_campaign
 
-        state = store.campaign(load_campaign(name_or_folder).name)
+        loaded = load_campaign(name_or_folder)
+        state = store.campaign(newest_name(store, loaded.name, loaded.path))
     if state is None:
         names = ", ".join(f"`{name}`" for name in store.campaigns()) or "none yet"
         raise InputError(f"no campaign `{name_or_folder}` in this database; it has {names}")
     return state
+
+
+def newest_name(store: SqlStore, base: str, path: Path) -> str:
+    """Return the newest of `base`, `base-2`, ... that `--fresh` made from the same file."""
+    name, number = base, 2
+    while (state := store.campaign(f"{base}-{number}")) is not None:
+        name = state.name if state.path == str(path) else name
+        number += 1
+    return name
+
+
+def next_name(store: SqlStore, base: str) -> str:
+    """Return the first of `base`, `base-2`, ... that no campaign has."""
+    name, number = base, 1
+    while store.campaign(name) is not None:
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
+def shown_db(db: str) -> str:
+    """Return the database as it may be printed: quoted for a shell, without a password."""
+    if "://" not in db:
+        return shlex.quote(db)
+    from overnight.store.database import database_url
+
+    return shlex.quote(database_url(db).set(drivername="postgresql").render_as_string(hide_password=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from datetime import datetime
@@ -11,7 +12,16 @@ from pathlib import Path
 import click
 
 from overnight.agent.campaign import Campaign, load_campaign
-from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
+from overnight.agent.cli.options import (
+    DEFAULT_DB,
+    campaign_in,
+    db_option,
+    format_option,
+    newest_name,
+    next_name,
+    print_rows,
+    shown_db,
+)
 from overnight.store.errors import InputError
 from overnight.store.lease import is_alive
 from overnight.store.protocol import CampaignState
@@ -21,8 +31,8 @@ from overnight.store.sql_store import SqlStore
 @click.command()
 @click.argument("campaign")
 @db_option
-@click.option("--iterations", type=click.IntRange(min=1), help="Stop after this many turns in all; the rest waits.")
-@click.option("--until", metavar="HH:MM", help="Stop at this local time, instead of the file's `budget.until`.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Pause after this many turns in all; the rest waits.")
+@click.option("--until", metavar="HH:MM", help="Pause at this local time; the rest waits.")
 @click.option("--fresh", is_flag=True, help="Start anew as NAME-2 (NAME-3, ...); deletes nothing.")
 def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh: bool) -> None:
     """Run CAMPAIGN (a folder, a file or a bundled name), or go on where it stopped.
@@ -30,33 +40,38 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
     Ctrl-C pauses after the current trial; a second one stops at once. Either way nothing that was measured is lost.
     """
     from overnight.agent.cli.progress import progress_hook
+    from overnight.agent.nodes import is_over
     from overnight.agent.run import PauseSwitch, next_until, open_runtime, run_campaign
 
     loaded = load_campaign(campaign)
-    at = until or loaded.file.budget.until
     if until is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", until):
         raise InputError(f"`--until`: `{until}` is not a time; give HH:MM, such as 07:00")
     _check_first(loaded, db)
     store = SqlStore.open(db, create=True)
     try:
-        loaded = _named(loaded, store, fresh)
-        state = store.campaign(loaded.name)
-        if state is not None and state.status == "finished" and not _more_to_do(loaded, store, state):
-            click.echo(_finished_line(state), err=True)
-            _summary(store, loaded.name, db)
-            return
+        name = next_name(store, loaded.name) if fresh else newest_name(store, loaded.name, loaded.path)
+        loaded = _named(loaded, name)
         hook = progress_hook(loaded)
         switch = PauseSwitch(on_signal=hook.on_signal)
         runtime = open_runtime(loaded, store, hooks=[hook])
         runtime.iterations = iterations
-        runtime.deadline = next_until(at, datetime.now()).timestamp() if at else None
+        runtime.until = None if until is None else next_until(until, datetime.now()).timestamp()
+        at = loaded.file.budget.until
+        runtime.deadline = None if at is None else next_until(at, datetime.now()).timestamp()
         try:
+            state = store.campaign(loaded.name)
+            if state is not None and state.status == "finished" and is_over(runtime, state):
+                click.echo(_finished_line(state), err=True)
+                _summary(store, loaded.name, db)
+                return
             with switch.listening(), hook:
-                result = run_campaign(runtime, checkpoints=_checkpoints(db), switch=switch)
+                result = run_campaign(runtime, checkpoints=_checkpoints(db, loaded.name), switch=switch)
         finally:
             runtime.close()
         if not result.finished:
-            click.echo(f"paused: {switch.reason or 'the turns asked for are done'}; `overnight run {campaign}` goes on")
+            click.echo(
+                f"paused: {switch.reason or 'what was asked of this run is done'}; `overnight run {campaign}` goes on"
+            )
         _summary(store, loaded.name, db)
     finally:
         store.close()
@@ -77,29 +92,15 @@ def _check_first(campaign: Campaign, db: str) -> None:
             trainer.close()
 
 
-def _checkpoints(db: str) -> Path | None:
+def _checkpoints(db: str, name: str) -> Path | None:
     """LangGraph's checkpoints lie beside a SQLite store; with another database none are kept."""
-    return None if "://" in db else Path(f"{db}.checkpoints")
+    return None if "://" in db else Path(f"{db}.{name}.checkpoints")
 
 
-def _named(campaign: Campaign, store: SqlStore, fresh: bool) -> Campaign:
-    """Return the campaign under the name it runs by: the newest of `name`, `name-2`, ... or, if fresh, the next."""
-    base, number = campaign.name, 1
-    while store.campaign(_numbered(base, number + 1)) is not None:
-        number += 1
-    if fresh and store.campaign(base) is not None:
-        number += 1
-    section = campaign.file.campaign.model_copy(update={"name": _numbered(base, number)})
+def _named(campaign: Campaign, name: str) -> Campaign:
+    """Return the campaign under another name."""
+    section = campaign.file.campaign.model_copy(update={"name": name})
     return replace(campaign, file=campaign.file.model_copy(update={"campaign": section}))
-
-
-def _numbered(base: str, number: int) -> str:
-    return base if number == 1 else f"{base}-{number}"
-
-
-def _more_to_do(campaign: Campaign, store: SqlStore, state: CampaignState) -> bool:
-    """Whether a finished campaign's budget was raised since."""
-    return state.stop_reason == "iterations" and store.spent(state.id).iterations < campaign.file.budget.iterations
 
 
 def _finished_line(state: CampaignState) -> str:
@@ -115,22 +116,30 @@ def _summary(store: SqlStore, name: str, db: str) -> None:
         click.echo("Nothing was kept: no change beat the baseline beyond its noise.")
     else:
         best = store.attempt(state.best_attempt_id)
-        kept = [a for a in store.recent(state.id, 10_000) if a.outcome == "kept"]
+        kept = sum(total.kept for total in store.knob_totals(state.id))
         gain = "" if best.gain is None else f", gain {_gain(state, best.gain)}"
         click.echo(
             f"Best: {best.knob} = {best.new_value} in turn {best.iteration}{gain} over {best.trials} trials "
-            f"({len(kept)} kept in all)"
+            f"({kept} kept in all)"
         )
-    looked = store.last_event(state.id, "holdout_measured")
-    if looked is not None:
-        holdout = looked[1]
-        low, high = (_gain(state, float(str(holdout[key]))) for key in ("gain_low", "gain_high"))
-        total = _gain(state, float(str(holdout["gain"])))
-        click.echo(f"Locked holdout: winner against first baseline {total} (95% interval {low} to {high})")
-    where = "" if db == "overnight.db" else f" --db {db}"
+    _holdout_line(store, state)
+    where = "" if db == DEFAULT_DB else f" --db {shown_db(db)}"
     click.echo(
         f"See more: overnight sql{where} \"select * from iterations where campaign = '{name}' order by gain desc\""
     )
+
+
+def _holdout_line(store: SqlStore, state: CampaignState) -> None:
+    looked = store.last_event(state.id, "holdout_measured")
+    if looked is None:
+        return
+    at, holdout = looked
+    total, low, high = (_gain(state, float(str(holdout[key]))) for key in ("gain", "gain_low", "gain_high"))
+    winner = int(str(holdout["winner_attempt_id"]))
+    whose = (
+        "winner" if winner == state.best_attempt_id else f"the winner of then (turn {store.attempt(winner).iteration})"
+    )
+    click.echo(f"Locked holdout, {at[:10]}: {whose} against first baseline {total} (95% interval {low} to {high})")
 
 
 def _gain(state: CampaignState, gain: float) -> str:
@@ -143,7 +152,7 @@ def _gain(state: CampaignState, gain: float) -> str:
 @click.argument("campaign")
 @db_option
 def pause(campaign: str, db: str) -> None:
-    """Ask a running CAMPAIGN to pause after its current turn."""
+    """Ask a running CAMPAIGN to pause after its current trial."""
     store = SqlStore.open(db)
     try:
         state = campaign_in(store, campaign)
@@ -151,7 +160,7 @@ def pause(campaign: str, db: str) -> None:
             click.echo(f"campaign `{state.name}` is not running ({state.status})", err=True)
             raise SystemExit(1)
         store.request(state.id, "pause_requested", {})
-        click.echo(f"asked `{state.name}` to pause after its current turn", err=True)
+        click.echo(f"asked `{state.name}` to pause after its current trial", err=True)
     finally:
         store.close()
 
@@ -166,21 +175,33 @@ def enqueue(campaign: str, change: str, reason: str, db: str) -> None:
     knob, equals, text = change.partition("=")
     if not equals or not knob.strip():
         raise InputError(f"`{change}` is not KNOB=VALUE; give, say, lr=0.001")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
+    value = _value(text)
     store = SqlStore.open(db)
     try:
         state = campaign_in(store, campaign)
         knobs = state.spec["knobs"]
         assert isinstance(knobs, dict)
+        if state.status == "finished":
+            raise InputError(f"{_finished_line(state)}; the database has {', '.join(store.campaigns())}")
         if knob.strip() not in knobs:
             raise InputError(f"campaign `{state.name}` has no knob `{knob.strip()}`; it has {', '.join(knobs)}")
         store.request(state.id, "enqueued", {"knob": knob.strip(), "new_value": value, "reason": reason})
         click.echo(f"queued for `{state.name}`: {knob.strip()} = {value}", err=True)
     finally:
         store.close()
+
+
+def _value(text: str) -> int | float | str:
+    """Return a value as JSON gives it, a word as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"`{text}` is not a finite number")
+    return value
 
 
 @click.command()

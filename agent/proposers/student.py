@@ -44,11 +44,13 @@ class StudentProposer:
         adapter: str | None = None
         """A folder with a LoRA adapter in peft's format; without it the base model answers as it is."""
         mode: Literal["score", "generate"] = "score"
+        """`score` weighs every legal change in one pass; `generate` writes free text."""
         temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
         """Of the draw: 1 takes the model's own odds, 0 always its first choice."""
         neighbours: bool = True
         """Whether the values next to the current one on the refined grid are scored too."""
         device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+        """`cpu`, `cuda`, `cuda:1`; `auto`: a GPU where there is one."""
         deadline_s: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
         """Seconds for one answer, once the model is loaded; past it the model host is killed and started anew."""
         max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256

@@ -85,7 +85,7 @@ def test_a_campaign_runs_to_its_end_and_says_what_it_found(tmp_path: Path) -> No
     result = overnight("run", "mine", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.search(r"Best: . = .* gain \+", result.stdout)
-    assert "Locked holdout: winner against first baseline" in result.stdout
+    assert re.search(r"Locked holdout, 20..-..-..: winner against first baseline \+", result.stdout)
 
 
 def test_the_sql_that_a_run_prints_works(tmp_path: Path) -> None:
@@ -135,6 +135,9 @@ BAD_INPUT: list[tuple[str, dict[str, Any] | str, str]] = [
     ("a trainer that is not there", {"campaign": {"trainer": "gtp"}}, r"campaign\.toml: .*\"gtp\".*choose one of"),
     ("a trainer setting that is not there", {"trainer": {"nois_sd": 1}}, "nois_sd"),
     ("a proposer kind that is not there", {"proposers": {"random": {"kind": "radnom"}}}, "`radnom`"),
+    ("an int range with one value", {"knobs": {"b": {"type": "int", "range": [1.0, 1.5], "default": 1}}}, "knob `b`"),
+    ("a limit without end", {"budget": {"trial_timeout_s": float("inf")}}, "`budget.trial_timeout_s` is not"),
+    ("a rail that is not there", {"rails": {"extra": ["nosuch"]}}, r"`rails\.extra`: the rail `nosuch`"),
     ("text that is not TOML", "[[[", "not valid TOML"),
 ]  # fmt: skip
 
@@ -205,6 +208,50 @@ def test_fresh_starts_another_campaign_and_deletes_nothing(tmp_path: Path) -> No
     overnight("run", "mine", "--fresh", cwd=tmp_path)
     rows = json.loads(overnight("status", "--format", "json", cwd=tmp_path).stdout)
     assert [row["campaign"] for row in rows] == ["c", "c-2"]
+
+
+def test_a_folder_named_like_a_fresh_campaign_is_its_own(tmp_path: Path) -> None:
+    for name, seed in (("q", 1), ("q-2", 2)):
+        write(tmp_path / name, campaign={"name": name, "seed": seed}, budget={"iterations": 2})
+        overnight("run", name, "--iterations", "1", cwd=tmp_path)
+    assert overnight("run", "q", cwd=tmp_path).returncode == 0
+    rows = json.loads(overnight("status", "--format", "json", cwd=tmp_path).stdout)
+    assert [(row["campaign"], row["turn"]) for row in rows] == [("q", 2), ("q-2", 1)]
+
+
+def test_a_folder_stands_for_its_newest_campaign(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    overnight("run", "mine", "--fresh", cwd=tmp_path)
+    (row,) = json.loads(overnight("status", "mine", "--format", "json", cwd=tmp_path).stdout)
+    assert row["campaign"] == "c-2"
+
+
+def test_a_finished_campaign_goes_on_when_its_budget_is_raised(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 50, "patience": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    before = json.loads(overnight("status", "--format", "json", cwd=tmp_path).stdout)[0]
+    assert "is finished (patience)" in overnight("run", "mine", cwd=tmp_path).stderr
+    write(tmp_path / "mine", budget={"iterations": 50, "patience": 3})
+    overnight("run", "mine", cwd=tmp_path)
+    after = json.loads(overnight("status", "--format", "json", cwd=tmp_path).stdout)[0]
+    assert after["turn"] > before["turn"]
+
+
+def test_a_request_that_nobody_would_serve_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    for change, word in (("b=3", "finished"), ("zz=3", "finished")):
+        result = overnight("enqueue", "c", change, cwd=tmp_path)
+        assert (result.returncode, word in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "-Infinity"])
+def test_a_request_that_is_no_number_is_refused(tmp_path: Path, value: str) -> None:
+    write(tmp_path / "mine", budget={"iterations": 4})
+    overnight("run", "mine", "--iterations", "1", cwd=tmp_path)
+    result = overnight("enqueue", "c", f"a={value}", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("template", ["quickstart", "gpt354m", "command"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,8 +299,6 @@ def test_a_changed_frozen_key_is_refused_by_name(tmp_path: Path, store: SqlStore
 def test_another_environment_is_calibrated_anew(tmp_path: Path, store: SqlStore) -> None:
     class Moved(ScriptedTrainer):
         def prepare(self) -> Any:
-            from dataclasses import replace
-
             return replace(super().prepare(), environment={"device": "another"})
 
     of = campaign(tmp_path, budget={"iterations": 1})
@@ -390,3 +389,101 @@ def test_a_broken_checkpoint_file_stops_nothing(tmp_path: Path, store: SqlStore)
         assert run_campaign(running, checkpoints=broken).finished
     finally:
         running.close()
+
+
+def test_a_baseline_that_failed_once_is_measured_again_at_the_next_run(tmp_path: Path, store: SqlStore) -> None:
+    of = campaign(tmp_path, budget={"iterations": 1})
+    settings = ScriptedSettings.model_validate(of.file.trainer)
+
+    class FailsFirst(ScriptedTrainer):
+        def run(self, request: Any, report: Any) -> Any:
+            result = super().run(request, report)
+            return replace(result, metric=None, failure="timeout") if len(self.requests) == 1 else result
+
+    with pytest.raises(CampaignError, match="timeout"):
+        run(of, store, trainer=FailsFirst(settings, metric="loss"))
+    run(of, store, proposers=scripted(("b", 3)))
+    assert turns(store)[0].outcome == "kept"
+
+
+def test_a_refused_start_can_be_mended_in_the_file(tmp_path: Path, store: SqlStore) -> None:
+    with pytest.raises(CampaignError, match="set `min_gain` to"):
+        run(campaign(tmp_path, decision={"min_gain": 1e-6}), store)
+    assert run(campaign(tmp_path, decision={"min_gain": 0.05}), store).finished
+
+
+def test_trials_of_another_environment_are_not_paired(tmp_path: Path, store: SqlStore) -> None:
+    of = campaign(tmp_path, budget={"iterations": 1})
+    settings = ScriptedSettings.model_validate(of.file.trainer)
+    switch = PauseSwitch()
+
+    class Pausing(Recorder):
+        def on_event(self, event: events.Event) -> None:
+            if isinstance(event, events.TrialFinished) and event.purpose == "screening":
+                switch.reason = "SIGTERM"
+
+    class Moved(ScriptedTrainer):
+        def prepare(self) -> Any:
+            return replace(super().prepare(), environment={"device": "another"})
+
+        def run(self, request: Any, report: Any) -> Any:
+            result = super().run(request, report)
+            return replace(result, metric=(result.metric or 0.0) + 1.0)
+
+    running = runtime(of, store, proposers=scripted(("b", 3)), hooks=[Pausing()])
+    run_campaign(running, switch=switch)
+    running.close()
+    run(of, store, trainer=Moved(settings, metric="loss"))
+    (attempt,) = turns(store)
+    assert (attempt.outcome, attempt.trials) == ("kept", 5)
+    assert attempt.metric is not None
+    assert attempt.metric > 1.9
+
+
+def test_a_knob_without_an_open_move_does_not_hold_up_the_champion(tmp_path: Path, store: SqlStore) -> None:
+    pinned = campaign(
+        tmp_path, router={"warmup": True}, trainer={"faults": {f"b={b}": "unsupported" for b in (2, 3, 4, 9)}}
+    )
+    run(pinned, store)
+    assert {attempt.role for attempt in turns(store)[1:]} == {"champion"}
+
+
+def test_asking_for_turns_that_are_done_pauses(tmp_path: Path, store: SqlStore) -> None:
+    for _ in range(2):
+        running = runtime(campaign(tmp_path), store)
+        running.iterations = 2
+        assert run_campaign(running).stop_reason == "paused"
+        running.close()
+    assert len(turns(store)) == 2
+
+
+def test_a_time_asked_for_in_a_run_pauses_and_leaves_the_holdout_locked(tmp_path: Path, store: SqlStore) -> None:
+    running = runtime(campaign(tmp_path), store, proposers=scripted(("b", 3)))
+    running.clock, running.until = lambda: 100.0, 99.0
+    assert run_campaign(running).stop_reason == "paused"
+
+
+def test_a_relative_gain_over_zero_is_refused(tmp_path: Path, store: SqlStore) -> None:
+    zero = ScriptedTrainer(fn=lambda _config, _seed: 0.0, metric="loss")
+    with pytest.raises(CampaignError, match='set `gain = "absolute"`'):
+        run(campaign(tmp_path), store, trainer=zero)
+
+
+def test_a_holdout_trial_that_the_harness_lost_is_run_again(tmp_path: Path, store: SqlStore) -> None:
+    of = campaign(tmp_path, budget={"iterations": 1})
+    settings = ScriptedSettings.model_validate(of.file.trainer)
+
+    class LosesOne(ScriptedTrainer):
+        lost = False
+
+        def run(self, request: Any, report: Any) -> Any:
+            result = super().run(request, report)
+            if request.split == "holdout" and not self.lost:
+                self.lost = True
+                return replace(result, metric=None, failure="harness")
+            return result
+
+    run(of, store, trainer=LosesOne(settings, metric="loss"), proposers=scripted(("b", 3)))
+    state = store.campaign("c")
+    assert state is not None
+    assert store.last_event(state.id, "holdout_measured") is not None

@@ -1,6 +1,5 @@
 """The command trainer: a stranger's script, whatever it does, becomes a result; nothing of it is left running."""
 
-import os
 import sys
 import time
 import tomllib
@@ -8,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import pytest
 
 from overnight.store.errors import CampaignError
@@ -17,6 +15,8 @@ from overnight.trainer.command import CommandTrainer
 from overnight.trainer.protocol import TrainerContext
 from overnight.trainer.testing import TrainerConformance
 from overnight.trainer.worker import WorkerTrainer
+
+from .processes import left_over
 
 KNOBS = {"act": "str", "lr": "float"}
 SCRIPT = """
@@ -127,18 +127,6 @@ match act:
 
 def ignore(progress: TrialProgress) -> None:
     """Nobody watches."""
-
-
-def left_over(folder: Path) -> list[psutil.Process]:
-    """Return this process' descendants, and any process that has `folder` in its command line."""
-    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and any(str(folder) in word for word in process.cmdline()):
-                found[process.pid] = process
-        except psutil.Error:
-            continue
-    return list(found.values())
 
 
 def peak_rss(*, reset: bool = False) -> int:

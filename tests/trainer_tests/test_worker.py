@@ -21,6 +21,8 @@ from overnight.trainer.protocol import TrainerContext
 from overnight.trainer.testing import TrainerConformance
 from overnight.trainer.worker import GRACE_S, WorkerTrainer
 
+from .processes import descendants, left_over
+
 SETTINGS = {"optimum": {"lr": 0.01}, "noise_sd": 0.1}
 
 PLUGIN = """
@@ -91,18 +93,6 @@ def ignore(progress: TrialProgress) -> None:
 
 def context(folder: Path, knobs: Mapping[str, str]) -> TrainerContext:
     return TrainerContext(campaign_dir=folder, cache_dir=folder, knobs=knobs, metric="m")
-
-
-def left_over(folder: Path) -> list[psutil.Process]:
-    """Return this process' descendants, and any process that has `folder` in its command line."""
-    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and any(str(folder) in word for word in process.cmdline()):
-                found[process.pid] = process
-        except psutil.Error:
-            continue
-    return [process for process in found.values() if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -296,7 +286,7 @@ def test_a_folder_named_like_the_package_does_not_stand_in_for_it(
 
 def test_the_terminal_s_signals_do_not_reach_the_worker(scripted: WorkerTrainer) -> None:
     scripted.prepare()
-    sessions = {os.getsid(process.pid) for process in psutil.Process().children(recursive=True)}
+    sessions = {os.getsid(process.pid) for process in descendants()}
     assert len(sessions) == 2
     assert os.getsid(0) not in sessions
 
