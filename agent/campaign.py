@@ -1,7 +1,6 @@
-"""A campaign file as typed models, and how it is read: strictly, with one clear line for what is wrong.
+"""How a campaign file is read: strictly, with one clear line for what is wrong.
 
-The tables `[trainer]` and `[proposers.<name>]` are validated by the chosen trainer and proposers themselves; here they
-are plain mappings. Reading a file starts nothing and imports no plugin.
+Reading a file starts nothing and imports no plugin; its tables are the models of `agent/campaign_file.py`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
+from overnight.agent.campaign_file import CampaignFile, KnobSection
 from overnight.agent.decide import DecisionSettings
 from overnight.rails.constraint import Constraint
-from overnight.rails.gate import SKIPPABLE
-from overnight.rails.menu import Knob, KnobType, Menu, Scale
+from overnight.rails.menu import Knob, Menu
 from overnight.store.errors import CampaignError, MenuError
 from overnight.store.hashing import JsonValue, digest
-from overnight.store.records import Direction, GainKind
 
 FILE_NAME = "campaign.toml"
 FROZEN = (
@@ -36,161 +34,7 @@ FROZEN = (
     "campaign.seed",
 )
 """Keys that may not change between runs of one campaign."""
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 SettingsModel = TypeVar("SettingsModel", bound=BaseModel)
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, values are not converted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class CampaignSection(Section):
-    """What the campaign is."""
-
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    """Identity in the store: letters, digits, `_`, `.` and `-`."""
-    trainer: str
-    """`gpt`, `command`, or any installed plugin of the group `overnight.trainers`."""
-    baseline: Literal["rolling", "fixed"] = "rolling"
-    """`rolling`: a keep becomes the new baseline; `fixed`: always against the first."""
-    brief: str | None = None
-    """A text file beside this one: what the campaign is about, shown to the proposer; read again each iteration."""
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Every random draw of the campaign derives from it."""
-
-
-class MetricSection(Section):
-    """What is optimised."""
-
-    name: str = "val_bpb"
-    """The metric that the trainer reports."""
-    direction: Direction = "min"
-    """Whether less or more is better."""
-    gain: GainKind = "relative"
-    """`relative`: (baseline - candidate) / baseline when lower is better; `absolute`: without the division."""
-
-
-class BudgetSection(Section):
-    """When the campaign ends: whichever comes first."""
-
-    iterations: Annotated[int, Field(ge=1)]
-    """Turns in all; a turn's blocked tries do not count again."""
-    until: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
-    """Local time `HH:MM`, the next one after the start of the run."""
-    gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours spent in trials."""
-    energy_kwh: Annotated[float, Field(gt=0)] | None = None
-    """Energy spent in trials, where it is measured."""
-    price_per_kwh: Annotated[float, Field(ge=0)] | None = None
-    """What energy costs, in any currency: `campaign_stats.energy_cost` then says what the campaign cost."""
-    patience: Annotated[int, Field(ge=1)] | None = None
-    """Turns in a row without a keep."""
-    trial_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A trial that takes longer is killed and recorded as `failed/timeout`."""
-
-
-class DecisionSection(Section):
-    """When a change is kept."""
-
-    rule: Literal["confirmed", "single_shot"] = "confirmed"
-    """`confirmed`: paired seeds until the evidence is in; `single_shot`: one run against the baseline."""
-    min_gain: Annotated[float, Field(ge=0)] = 0.005
-    """Smallest mean gain that is kept, in the unit of `metric.gain`."""
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
-    """Chance of keeping a change that does nothing."""
-    calibration_trials: Annotated[int, Field(ge=1)] = 5
-    """Seeds on which the baseline is measured at the start; one of them twice."""
-    max_trials: Annotated[int, Field(ge=1)] = 5
-    """Most trials for a candidate."""
-    audit: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of turns, drawn beforehand, that also measure both sides on audit seeds: how noisy pairs really are."""
-
-
-class KnobSection(Section):
-    """A knob of the menu."""
-
-    type: KnobType
-    """`int`, `float` or `str`."""
-    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    """Smallest and largest value, both included."""
-    choices: list[int | float | str] | None = None
-    """Or the values to choose from."""
-    scale: Scale = "linear"
-    """How a range is gridded: `linear` or `log`."""
-    levels: Annotated[int, Field(ge=2, le=1000)] = 9
-    """How many grid points a range has for scoring; refined once when all were tried."""
-    default: int | float | str
-    """Where the campaign starts."""
-    doc: str = ""
-    """What the knob does, for the proposer."""
-
-
-class ConstraintSection(Section):
-    """A rule that every configuration has to keep."""
-
-    id: Annotated[str, Field(pattern=NAME_PATTERN)]
-    """Its name in verdicts."""
-    rule: str
-    """Arithmetic and comparisons over knobs and the numbers of `[trainer]`."""
-    doc: str = ""
-    """Why, in words."""
-
-
-class RailsSection(Section):
-    """Which rails to leave out."""
-
-    skip: list[str] = []
-    """`R6_novelty` and `R7_capability` may be skipped, to replay old campaigns; the others never."""
-    extra: list[str] = []
-    """Installed rails (group `overnight.rails`) that run after the built-in ones."""
-
-    @model_validator(mode="after")
-    def _only_skippable(self) -> RailsSection:
-        for rail in self.skip:
-            if rail not in SKIPPABLE:
-                raise ValueError(f"`{rail}` cannot be skipped; only {' and '.join(sorted(SKIPPABLE))} can")
-        return self
-
-
-class PromptSection(Section):
-    """What the proposer is shown."""
-
-    recent: Annotated[int, Field(ge=0, le=50)] = 5
-    """How many of the last attempts are shown whole."""
-    lineage: bool = True
-    """Whether the summary of all history is shown."""
-
-
-class RouterSection(Section):
-    """Who proposes."""
-
-    champion: str | None = None
-    """The `[proposers.<name>]` that has the turn; may be left out when there is one proposer."""
-    warmup: bool = True
-    """Each knob is tried once before the champion starts."""
-    explore: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of turns for the least tried knobs."""
-
-
-class CampaignFile(Section):
-    """A whole `campaign.toml`."""
-
-    campaign: CampaignSection
-    metric: MetricSection = MetricSection()
-    budget: BudgetSection
-    decision: DecisionSection = DecisionSection()
-    trainer: dict[str, object] = {}
-    """The chosen trainer's own settings, validated by it."""
-    knobs: dict[str, KnobSection]
-    """The menu."""
-    constraints: list[ConstraintSection] = []
-    proposers: dict[str, dict[str, object]]
-    """Whoever may propose; each is validated by its `kind`."""
-    rails: RailsSection = RailsSection()
-    prompt: PromptSection = PromptSection()
-    router: RouterSection = RouterSection()
 
 
 @dataclass(frozen=True)
@@ -327,6 +171,11 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
     if not file.proposers:
         raise CampaignError(f'{path}: `proposers` is empty; add a `[proposers.random]` with `kind = "random"`')
     champion = file.router.champion
+    for key, names in (("challenger", [file.router.challenger]), ("controls", file.router.controls)):
+        for name in names:
+            if name is not None and name not in file.proposers:
+                known = ", ".join(file.proposers)
+                raise CampaignError(f"{path}: `router.{key}`: no proposer `{name}`; name one of {known}")
     if champion is None and len(file.proposers) > 1:
         raise CampaignError(f"{path}: `router.champion` is missing; name one of {', '.join(file.proposers)}")
     if champion is not None and champion not in file.proposers:

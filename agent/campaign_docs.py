@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from overnight.agent import campaign
+from overnight.agent import campaign_file as tables
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.sampler import OptunaProposer
 from overnight.agent.proposers.scripted import ScriptedProposer
@@ -30,15 +31,17 @@ from overnight.trainer.gpt_settings import GptSettings
 from overnight.trainer.scripted import ScriptedSettings
 
 TABLES: tuple[tuple[str, type[BaseModel], str], ...] = (
-    ("[campaign]", campaign.CampaignSection, ""),
-    ("[metric]", campaign.MetricSection, ""),
-    ("[budget]", campaign.BudgetSection, ""),
-    ("[decision]", campaign.DecisionSection, ""),
-    ("[knobs.NAME]", campaign.KnobSection, "Give `range` or `choices`."),
-    ("[[constraints]]", campaign.ConstraintSection, ""),
-    ("[rails]", campaign.RailsSection, ""),
-    ("[prompt]", campaign.PromptSection, ""),
-    ("[router]", campaign.RouterSection, ""),
+    ("[campaign]", tables.CampaignSection, ""),
+    ("[metric]", tables.MetricSection, ""),
+    ("[budget]", tables.BudgetSection, ""),
+    ("[decision]", tables.DecisionSection, ""),
+    ("[knobs.NAME]", tables.KnobSection, "Give `range` or `choices`."),
+    ("[[constraints]]", tables.ConstraintSection, ""),
+    ("[rails]", tables.RailsSection, ""),
+    ("[prompt]", tables.PromptSection, ""),
+    ("[router]", tables.RouterSection, ""),
+    ("[distill]", tables.DistillSection, ""),
+    ("[notify]", tables.NotifySection, ""),
     ("[trainer] of `gpt`", GptSettings, ""),
     ("[trainer] of `command`", CommandSettings, ""),
     ("[trainer] of `scripted`", ScriptedSettings, "For tests: a trainer without training."),
@@ -66,7 +69,7 @@ def campaign_markdown() -> str:
 
 def campaign_schema() -> str:
     """Return the JSON Schema of a campaign file, as text."""
-    return json.dumps(campaign.CampaignFile.model_json_schema(), indent=2) + "\n"
+    return json.dumps(tables.CampaignFile.model_json_schema(), indent=2) + "\n"
 
 
 def _table(title: str, model: type[BaseModel], note: str) -> str:

@@ -36,7 +36,7 @@ def import_command(*, file: Path, name: str | None, folder: str | None, new: str
     if new is not None:
         _seed(file, new, name, db)
         return
-    from overnight.agent.campaign import NAME_PATTERN
+    from overnight.agent.campaign_file import NAME_PATTERN
     from overnight.store.trajectory import import_trajectory
 
     if str(file) == "-" and name is None:
