@@ -64,6 +64,8 @@ class BudgetSection(Section):
     """What energy costs, in any currency: `campaign_stats.energy_cost` then says what the campaign cost."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Turns in a row without a keep."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Most memory of the device that a trial or a distillation may take; left out: what is free, less a reserve."""
     trial_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A trial that takes longer is killed and recorded as `failed/timeout`."""
 
@@ -169,12 +171,56 @@ class RouterSection(Section):
 
 
 class DistillSection(Section):
-    """When and how the challenger is trained on the campaign's own history."""
+    """When and how the challenger is trained on the campaign's own history; docs/learning.md says what each does."""
 
     every: Annotated[int, Field(ge=1)] = 25
     """Turns between two distillations."""
     min_rows: Annotated[int, Field(ge=1)] = 100
-    """Rows that a distillation waits for."""
+    """Rows that a distillation waits for, those held out included."""
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the rows, the newest, that is never trained on."""
+    holdout: Annotated[int, Field(ge=1)] | None = None
+    """Or how many rows."""
+    objective: Literal["outcome", "clone", "filtered", "weighted"] = "outcome"
+    """`outcome`: probability on changes by what they gained; `clone`: what was tried; `filtered`: what was tried and
+    gained; `weighted`: what was tried, each by its gain."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.15
+    """Of `outcome` and `weighted`, in standard deviations of the campaign's gains: smaller is sharper."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Of `outcome`: least share of the probability that stays on changes nobody has tried."""
+    min_knobs: Annotated[int, Field(ge=1)] = 2
+    """Different knobs that the trained rows must have tried, or distilling refuses."""
+    min_pairs: Annotated[int, Field(ge=1)] = 8
+    """Different changes that the trained rows must have tried, or distilling refuses."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Largest share of the trained rows that may have tried the same change, or distilling refuses."""
+    augment: list[Literal["permute", "earlier", "subsample", "synthetic"]] = ["permute", "subsample", "synthetic"]
+    """How every other epoch varies the stored prompts: `permute` the lines of the history, cut it `earlier`, `subsample`
+    it, or draw a `synthetic` one from measured changes. None of them changes what a row means."""
+    keep_adapters: Annotated[int, Field(ge=1)] = 10
+    """Newest adapters that stay on the disk; champion, previous and raced ones are never removed."""
+    r: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of the LoRA matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Their scale: `alpha / r` multiplies what they add."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Of their inputs, while training."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Passes over the rows."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """AdamW's peak; a cosine takes it to zero."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which it rises."""
+    batch: Annotated[int, Field(ge=1)] = 8
+    """Rows in a batch."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches in an optimizer step; how many rows go through the model at once is what memory allows."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's."""
+    max_length: Annotated[int, Field(ge=64)] = 2048
+    """Tokens; a longer row is left out whole, never cut, and counted."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Of initial weights, order, dropout and augmentation, beside the campaign's own."""
 
 
 class NotifySection(Section):

@@ -163,6 +163,7 @@ def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
         cache_dir=cache_folder(),
         knobs={knob.name: knob.type for knob in campaign.menu.knobs},
         metric=campaign.file.metric.name,
+        memory_gib=campaign.file.budget.memory_gib,
     )
     name = campaign.file.campaign.trainer
     try:
