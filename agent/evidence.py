@@ -1,0 +1,215 @@
+"""Whether a challenger proposes better experiments than the champion: duel items and the test on them.
+
+A duel measures both proposals with the baseline on one fresh seed; its item is the difference of the two banked gains
+as a share of the most that one may bank. The test is an e-process: read it after every duel, stop whenever you like.
+Pure functions over plain numbers; nothing here measures, stores or routes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from overnight.trainer.noise import Prior, shrink
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CAP_SDS = 3.0
+"""A banked gain counts up to this many standard deviations of a posterior gain; see `banked_cap`."""
+BETS = 64
+"""Bets in the mixture, evenly spaced in (0, 1)."""
+BET_SCALE = 0.5
+"""Standard deviation of the half-normal that weighs the bets."""
+FORECAST_LIMIT = 10_000
+"""Duels beyond which the forecast says that the threshold is out of reach."""
+BOOTSTRAPS = 2000
+
+
+def banked_cap(se: float, prior: Prior) -> float:
+    """The most that a banked gain counts for, in the unit of the gain; known before the duel is measured.
+
+    Args:
+        se: the standard deviation of a single paired gain.
+        prior: the campaign's, from what was measured BEFORE the duel.
+    """
+    if math.isinf(prior.variance):
+        return CAP_SDS * se
+    total = prior.variance + se * se
+    return 0.0 if total == 0 else max(prior.mean, 0.0) + CAP_SDS * prior.variance / math.sqrt(total)
+
+
+def banked_gain(gain: float | None, se: float, prior: Prior) -> float:
+    """What one side of a duel banks: its posterior gain when that is positive, up to `banked_cap`.
+
+    Args:
+        gain: the paired gain on the duel's fresh seed; None for a blocked or failed answer, which banks nothing.
+        se: its standard error, the noise of one pair.
+        prior: the campaign's, from what was measured BEFORE the duel; the same for both sides.
+    """
+    if gain is None:
+        return 0.0
+    return min(max(shrink(gain, se, prior).mean, 0.0), banked_cap(se, prior))
+
+
+def duel_item(challenger: float, champion: float, cap: float) -> float:
+    """The item of one duel, in [-1, 1]: the difference of two banked gains over the cap; equal changes give 0.
+
+    Args:
+        challenger: `banked_gain` of the challenger's answer.
+        champion: that of the champion's. For the reversed test of a promoted student, pass the predecessor's gain as
+            `challenger` and the student's as `champion`.
+        cap: `banked_cap` of this duel.
+    """
+    if not (0 <= challenger <= cap and 0 <= champion <= cap):
+        raise ValueError(f"banked gains lie between 0 and the cap {cap!r}, got {challenger!r} and {champion!r}")
+    return 0.0 if cap == 0 else (challenger - champion) / cap
+
+
+def share(alpha: float, number: int) -> float:
+    """What the `number`-th challenger of a campaign (from 1) may spend of `alpha`: alpha x 6 / (pi^2 number^2).
+
+    The shares of all challengers that ever come sum to `alpha` (Euler's sum; the union bound).
+    """
+    if number < 1:
+        raise ValueError(f"challengers are counted from 1, got {number}")
+    return alpha * 6 / (math.pi * number) ** 2
+
+
+@lru_cache(maxsize=1)
+def _bets() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    import numpy as np
+
+    bets = (np.arange(BETS) + 0.5) / BETS
+    weights = np.exp(-0.5 * np.square(bets / BET_SCALE))
+    return bets, weights / weights.sum()
+
+
+def _log_wealths(items: Sequence[float]) -> NDArray[np.float64]:
+    """The logarithm of every bet's wealth after all items."""
+    import numpy as np
+
+    values = np.asarray(items, dtype=np.float64)
+    if values.size and not (np.isfinite(values).all() and np.abs(values).max() <= 1):
+        raise ValueError("duel items are finite and lie in [-1, 1]; `duel_item` makes them")
+    wealths: NDArray[np.float64] = np.log1p(np.multiply.outer(values, _bets()[0])).sum(axis=0)
+    return wealths
+
+
+def _mixed(log_wealths: NDArray[np.float64]) -> float:
+    import numpy as np
+
+    peak = float(log_wealths.max())
+    return math.exp(min(peak + math.log(float((_bets()[1] * np.exp(log_wealths - peak)).sum())), 700.0))
+
+
+def e_value(items: Sequence[float]) -> float:
+    """The evidence that the items' mean is above zero, after all of them; 1 before the first.
+
+    A one-sided normal mixture over bets: a gambler who stakes the share b of his wealth on each item has multiplied it
+    by the product of (1 + b x item), which is a supermartingale whenever no item's mean, given the past, is above zero,
+    for items of any shape in [-1, 1] (betting: Waudby-Smith and Ramdas 2024, section 4; its normal-mixture ancestors:
+    Robbins 1970, Howard, Ramdas, McAuliffe and Sekhon 2021). The mixture weighs b by a half-normal cut off at 1.
+    By Ville's inequality it ever exceeds 1/share with a probability of at most share.
+
+    It does not depend on the items' order, rises with each item, and is unmoved by an item of 0.
+    """
+    return _mixed(_log_wealths(items))
+
+
+def duels_needed(items: Sequence[float], threshold: float) -> int | None:
+    """Further duels until `e_value` reaches `threshold` if they go on as so far: 0 when it has, None when never.
+
+    "As so far" means that every bet's log-wealth keeps growing at its mean rate.
+    """
+    if e_value(items) >= threshold:
+        return 0
+    if not items:
+        return None
+    wealths = _log_wealths(items)
+
+    def enough(more: int) -> bool:
+        return _mixed(wealths * (1 + more / len(items))) >= threshold
+
+    if not enough(FORECAST_LIMIT):
+        return None
+    low, high = 0, FORECAST_LIMIT
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def sign_test(items: Sequence[float]) -> float:
+    """The one-sided exact sign test (for readers; it decides nothing): the chance of as many wins, zeros left out."""
+    wins, losses = sum(item > 0 for item in items), sum(item < 0 for item in items)
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / (1 << n)
+
+
+def bootstrap_interval(items: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of the items' mean (for readers; Efron and Tibshirani 1993, chapter 13).
+
+    Raises:
+        ValueError: there are no items.
+    """
+    import numpy as np
+
+    if not items:
+        raise ValueError("an interval needs at least one duel")
+    values = np.asarray(items, dtype=np.float64)
+    drawn = np.random.default_rng(len(values)).choice(values, size=(BOOTSTRAPS, len(values)))
+    low, high = np.quantile(drawn.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the duels of one challenger say so far."""
+
+    e_value: float
+    threshold: float
+    """1 / share: what `e_value` has to reach."""
+    duels: int
+    wins: int
+    losses: int
+    """The other duels were ties."""
+    mean: float | None
+    """Of the items, as a share of the cap; None before the first duel."""
+    sign_p: float
+    interval: tuple[float, float] | None
+    """A bootstrap interval of the mean, for readers."""
+    needed: int | None
+    """Further duels at the present rate; None when the threshold would never be reached."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the evidence suffices."""
+        return self.e_value >= self.threshold
+
+
+def weigh(items: Sequence[float], spend: float) -> Evidence:
+    """Weigh the duels of one challenger.
+
+    Args:
+        items: `duel_item` of each duel of this challenger, oldest first.
+        spend: `share(alpha, number)` for a challenger; `alpha` itself for the reversed test of a promoted student.
+    """
+    if not 0 < spend < 1:
+        raise ValueError(f"a share of alpha lies between 0 and 1, got {spend!r}")
+    threshold = 1 / spend
+    return Evidence(
+        e_value=e_value(items),
+        threshold=threshold,
+        duels=len(items),
+        wins=sum(item > 0 for item in items),
+        losses=sum(item < 0 for item in items),
+        mean=math.fsum(items) / len(items) if items else None,
+        sign_p=sign_test(items),
+        interval=bootstrap_interval(items) if items else None,
+        needed=duels_needed(items, threshold),
+    )
