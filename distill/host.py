@@ -8,13 +8,18 @@ from several threads wait for each other.
 from __future__ import annotations
 
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from overnight.distill.adapter import AdapterFacts
 from overnight.distill.base import BaseModel
+from overnight.distill.recipe import LoraRecipe
+from overnight.distill.rows import TrainingRow, write_rows
 from overnight.distill.wire import (
     ErrorReply,
     HostReply,
@@ -22,6 +27,8 @@ from overnight.distill.wire import (
     MemoryReply,
     Operation,
     ScoredReply,
+    TrainedReply,
+    TrainingReply,
     WrittenReply,
     unpack,
 )
@@ -35,7 +42,7 @@ LOAD_S = 1800.0
 MEMORY_S = 60.0
 _COMMAND = (sys.executable, "-u", "-P", "-m", "overnight.distill.host_main")
 """`-P`: a folder `overnight` in the current directory must not stand in for the installed package."""
-ReplyT = TypeVar("ReplyT", LoadedReply, ScoredReply, WrittenReply, MemoryReply)
+ReplyT = TypeVar("ReplyT", LoadedReply, ScoredReply, WrittenReply, TrainedReply, MemoryReply)
 
 
 class ModelHost:
@@ -118,6 +125,59 @@ class ModelHost:
             self._ready()
             return self._ask(WrittenReply, "generate", arguments, deadline_s)
 
+    def train(
+        self,
+        rows: Sequence[TrainingRow],
+        *,
+        recipe: LoraRecipe,
+        facts: AdapterFacts,
+        folder: Path,
+        held_out: Sequence[TrainingRow] = (),
+        memory_gib: float | None = None,
+        progress: Callable[[TrainingReply], None] = lambda _news: None,
+    ) -> TrainedReply:
+        """Train an adapter of the base model on `rows`, write it to `folder`, and have it ready to answer.
+
+        Whatever ends the training early (an exception of `progress` or `idle`, Ctrl-C, a kill) ends the process too
+        and leaves no `folder`.
+
+        Args:
+            rows: the lessons; each is checked.
+            recipe: how.
+            facts: what the campaign says about the training, kept beside the weights.
+            folder: must not exist yet; `adapters/<campaign>/v<n>`.
+            held_out: rows whose loss is measured before and after.
+            memory_gib: most memory of the device, weights included; None: what is free, less a reserve.
+            progress: told after each step, in this thread.
+
+        Raises:
+            AssertionError: a row has no supervised token, or makes no sense.
+            CampaignError: no row is short enough, the folder is there already, or the model cannot be used.
+            ProposerError: the disk is full, memory does not suffice even for one row, or the host failed.
+        """
+        for row in (*rows, *held_out):
+            row.check()
+
+        def told(reply: HostReply) -> bool:
+            if isinstance(reply, TrainingReply):
+                progress(reply)
+            return isinstance(reply, TrainingReply)
+
+        with self._lock, tempfile.TemporaryDirectory(prefix="overnight-rows-") as place:
+            files = {name: Path(place) / f"{name}.jsonl" for name in ("rows", "held_out")}
+            write_rows(rows, files["rows"])
+            write_rows(held_out, files["held_out"])
+            arguments = {
+                "rows": str(files["rows"]),
+                "held_out": str(files["held_out"]),
+                "recipe": asdict(recipe),
+                "facts": facts.plain(),
+                "folder": str(folder.absolute()),
+                "memory_gib": memory_gib,
+            }
+            self._ready()
+            return self._ask(TrainedReply, "train", arguments, None, progress=told)
+
     def held_bytes(self) -> int:
         """Return the memory that the host holds for its model; none while it does not run."""
         with self._lock:
@@ -149,11 +209,18 @@ class ModelHost:
         return self._loaded
 
     def _ask(
-        self, kind: type[ReplyT], operation: Operation, arguments: Mapping[str, object], deadline_s: float
+        self,
+        kind: type[ReplyT],
+        operation: Operation,
+        arguments: Mapping[str, object],
+        deadline_s: float | None,
+        *,
+        progress: Callable[[HostReply], bool] = lambda _reply: False,
     ) -> ReplyT:
         assert self._link is not None
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
         try:
-            reply = self._link.ask(operation, arguments, deadline=time.monotonic() + deadline_s)
+            reply = self._link.ask(operation, arguments, deadline=deadline, progress=progress)
         except Died as died:
             raise self._fault(f"it ended during `{operation}`: {died.trace}") from died
         except Overran:

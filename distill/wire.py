@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 
 from overnight.trainer.wire import WireError
 
-Operation = Literal["load", "score", "generate", "memory", "release"]
+Operation = Literal["load", "score", "generate", "train", "memory", "release"]
 ErrorKind = Literal["CampaignError", "ProposerError", "MemoryError", "Exception"]
 
 
@@ -54,6 +54,44 @@ class WrittenReply(Reply):
     completion_tokens: int
 
 
+class TrainingReply(Reply):
+    """News of a training that goes on."""
+
+    kind: Literal["training"] = "training"
+    epoch: int
+    """From 1."""
+    epochs: int
+    step: int
+    """Steps done, of all epochs together."""
+    steps: int
+    loss: FiniteFloat
+    """Of the last step."""
+    seconds_left: FiniteFloat
+
+
+class TrainedReply(Reply):
+    """The answer to `train`: the adapter is in its folder, and answers already."""
+
+    kind: Literal["trained"] = "trained"
+    sha256: str
+    """Of the adapter's weights."""
+    rows: int
+    """Trained on; what was too long is not counted."""
+    too_long: list[str]
+    """Ids of the rows above `max_length`."""
+    steps: int
+    losses: list[FiniteFloat]
+    """Mean over each epoch."""
+    held_out_before: FiniteFloat | None
+    """Mean loss of the held-out rows with the base model as it is; None without any."""
+    held_out_after: FiniteFloat | None
+    wall_s: FiniteFloat
+    """Training alone: without loading, held-out rows and writing."""
+    energy_j: FiniteFloat | None
+    peak_memory_gib: FiniteFloat | None
+    """Of the device, weights included; None on a CPU."""
+
+
 class MemoryReply(Reply):
     """The answer to `memory` and `release`."""
 
@@ -71,7 +109,7 @@ class ErrorReply(Reply):
     trace: str = ""
 
 
-HostReply = LoadedReply | ScoredReply | WrittenReply | MemoryReply | ErrorReply
+HostReply = LoadedReply | ScoredReply | WrittenReply | TrainingReply | TrainedReply | MemoryReply | ErrorReply
 _REPLY: TypeAdapter[HostReply] = TypeAdapter(Annotated[HostReply, Field(discriminator="kind")])
 
 

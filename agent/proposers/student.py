@@ -26,6 +26,7 @@ from overnight.agent.proposers.candidates import (
 )
 from overnight.agent.proposers.endpoint import chat_messages
 from overnight.agent.proposers.protocol import Answer, Ask, ProposerContext, ProposerSettings, change_key, reply_text
+from overnight.distill.adapter import read_record
 from overnight.distill.base import BaseModel, find_base
 from overnight.distill.host import ModelHost
 from overnight.rails.menu import Menu
@@ -56,11 +57,23 @@ class StudentProposer:
         max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
         """Of a reply, in the mode `generate`."""
 
-    def __init__(self, name: str, settings: Settings, host: ModelHost, *, menu: Menu, adapter: Path | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        host: ModelHost,
+        *,
+        menu: Menu,
+        adapter: Path | None,
+        version: Mapping[str, JsonValue] | None = None,
+    ) -> None:
         self.name = name
+        self.host = host
+        """The process with the base model, which trains its adapters too."""
         self._settings = settings
-        self._host = host
+        self._menu = menu
         self._adapter = adapter
+        self._version = version
         self._seen = SeenConfigs(menu) if settings.neighbours else None
 
     @classmethod
@@ -78,6 +91,21 @@ class StudentProposer:
         host = context.hosts.setdefault(_host_key(base, parsed.device), _host(base, parsed.device, context))
         return cls(name, parsed, host, menu=context.menu, adapter=_adapter(name, parsed.adapter, context))
 
+    def with_adapter(self, version: str, folder: Path) -> Self:
+        """Return this student as it answers with an adapter that was trained for it, in the same process.
+
+        Args:
+            version: the name of the adapter in its campaign, such as `v3`.
+            folder: where the adapter is.
+
+        Raises:
+            CampaignError: there is no whole adapter in `folder`.
+        """
+        description = {"version": version, "sha256": read_record(folder).sha256}
+        return type(self)(
+            self.name, self._settings, self.host, menu=self._menu, adapter=folder.absolute(), version=description
+        )
+
     def propose(self, ask: Ask) -> Answer:
         """Answer with one change; the first call loads the model.
 
@@ -86,7 +114,7 @@ class StudentProposer:
                 a fresh host.
             CampaignError: the model or the adapter cannot be used.
         """
-        loaded = self._host.load()
+        loaded = self.host.load()
         started = time.perf_counter()
         answer = self._score(ask) if self._settings.mode == "score" else self._generate(ask)
         settings = {**answer.settings, "temperature": self._settings.temperature, "model_sha256": loaded.sha256}
@@ -101,7 +129,7 @@ class StudentProposer:
     def _score(self, ask: Ask) -> Answer:
         changes = candidates(ask, self._seen)
         texts = [candidate_text(change) for change in changes]
-        found = self._host.score(ask.prompt, texts, deadline_s=self._settings.deadline_s, adapter=self._adapter)
+        found = self.host.score(ask.prompt, texts, deadline_s=self._settings.deadline_s, adapter=self._adapter)
         chances = probabilities(found.log_probs, self._settings.temperature)
         scored = [Scored(change, chance) for change, chance in zip(changes, chances, strict=True)]
         chosen = draw(scored, ask.seed)
@@ -117,7 +145,7 @@ class StudentProposer:
         )
 
     def _generate(self, ask: Ask) -> Answer:
-        found = self._host.generate(
+        found = self.host.generate(
             chat_messages(ask),
             temperature=self._settings.temperature,
             max_new_tokens=self._settings.max_new_tokens,
@@ -133,12 +161,12 @@ class StudentProposer:
         )
 
     def describe(self) -> Mapping[str, JsonValue]:
-        """Return kind, base model, adapter and how it answers."""
+        """Return kind, base model, adapter (its version and the hash of its weights) and how it answers."""
         said = self._settings
         return {
             "kind": "student",
             "base_model": said.base_model,
-            "adapter": said.adapter,
+            "adapter": self._version or said.adapter,
             "mode": said.mode,
             "temperature": said.temperature,
             "neighbours": said.neighbours,
@@ -146,7 +174,7 @@ class StudentProposer:
 
     def close(self) -> None:
         """End the model host; another proposer that shares it would start it again."""
-        self._host.close()
+        self.host.close()
 
 
 def _host_key(base: BaseModel, device: str) -> str:
