@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from overnight.store.errors import InputError, SchemaError, StoreError
+from overnight.store.errors import InputError, SchemaError, StorageFaultError, StoreError
 
 if TYPE_CHECKING:
     from alembic.config import Config as AlembicConfig
@@ -26,6 +26,11 @@ HEAD = "0001"
 BUSY_TIMEOUT_S = 30.0
 WRITE = {"overnight_write": True}
 _SQLITE_MAGIC = b"SQLite format 3\x00"
+_PASSING = frozenset(
+    (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
+     sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL)
+)  # fmt: skip
+"""What may be otherwise later: a full disk, a failing one, one remounted read-only, a lock that is not let go."""
 
 
 def database_url(where: str | Path) -> URL:
@@ -145,6 +150,13 @@ def snapshot(engine: Engine) -> Iterator[Connection]:
         if isolation is None:
             connection.exec_driver_sql("BEGIN")
         yield connection
+
+
+def fault_of(error: DBAPIError, message: str) -> StoreError:
+    """Return the error to raise: a `StorageFaultError` where the same may work later."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    passing = isinstance(error, OperationalError | InterfaceError) if code is None else code & 0xFF in _PASSING
+    return StorageFaultError(message) if passing else StoreError(message)
 
 
 def current_revision(connection: Connection) -> str | None:

@@ -9,6 +9,7 @@ The tree (an exit code of the command line in brackets)::
     │   └── QueryError             SQL that is wrong or not allowed
     ├── StoreError            [3]  the database cannot be used
     │   ├── SchemaError            it is older or newer than this code
+    │   ├── StorageFaultError      the disk or the server is at fault for now: the same may work later
     │   ├── LeaseHeldError    [2]  another process is writing this campaign
     │   └── LeaseLostError         this process was replaced as the writer
     └── OutsideError          [3]  an endpoint, a device or a disk is at fault
@@ -50,6 +51,10 @@ class StoreError(OvernightError):
 
 class SchemaError(StoreError):
     """The database is older or newer than this code; the message names `overnight db upgrade`."""
+
+
+class StorageFaultError(StoreError):
+    """The disk or the database server is at fault for now; nothing of the transaction is there, repeat it later."""
 
 
 class LeaseHeldError(StoreError):

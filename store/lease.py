@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import psutil
 from sqlalchemy import Connection, select, update
 
+from overnight.store import clock
 from overnight.store.errors import LeaseHeldError, LeaseLostError
 from overnight.store.protocol import Lease
 from overnight.store.tables import CampaignRow, utc_now
@@ -91,7 +92,7 @@ def is_alive(owner: str, seen_at: str | None) -> bool:
     """Say whether the process behind a lease still runs, as far as this machine can tell."""
     host, pid, started = owner.rsplit(":", 2)
     if host != socket.gethostname():
-        return seen_at is not None and datetime.now(UTC) - datetime.fromisoformat(seen_at) < REMOTE_SILENCE
+        return seen_at is not None and clock.now() - datetime.fromisoformat(seen_at) < REMOTE_SILENCE
     try:
         process = psutil.Process(int(pid))
         return abs(process.create_time() - float(started)) < 1.0 and process.status() != psutil.STATUS_ZOMBIE

@@ -341,8 +341,9 @@ class StoreWriter(Protocol):
         *,
         iteration: int | None = None,
         attempt_id: int | None = None,
+        at: str | None = None,
     ) -> None:
-        """Record something that happened."""
+        """Record something that happened, now or at a time that has passed."""
         ...
 
 
@@ -420,6 +421,12 @@ class TrajectoryStore(Protocol):
         self, campaign_id: int, config_id: str, *, trainer_hash: str, environment_hash: str, split: Split = "val"
     ) -> Sequence[Trial]:
         """Return a configuration's trials in one environment, oldest first."""
+        ...
+
+    def recent_trials(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, count: int
+    ) -> Sequence[Trial]:
+        """Return the last trials that measured something in one environment, newest first: what trials cost here."""
         ...
 
     def trials_of_attempt(self, attempt_id: int) -> Sequence[Trial]:

@@ -18,8 +18,7 @@ from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, insert,
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
-from overnight.store.database import WRITE, open_engine
-from overnight.store.errors import StoreError
+from overnight.store.database import WRITE, fault_of, open_engine
 from overnight.store.hashing import JsonValue, canonical_json
 from overnight.store.protocol import (
     MAX_TRIES,
@@ -120,7 +119,8 @@ class SqlStore:
         """One writing transaction without a lease: for whoever takes history in.
 
         Raises:
-            StoreError: the database cannot be written; nothing of the transaction is there.
+            StorageFaultError: the disk or the server is at fault for now; nothing of the transaction is there.
+            StoreError: the database cannot be written at all.
         """
         try:
             with self._writes.begin() as connection:
@@ -128,7 +128,8 @@ class SqlStore:
         except (DataError, IntegrityError, ProgrammingError):
             raise  # a mistake in this code, not the disk's
         except DatabaseError as error:
-            raise StoreError(f"the database cannot be written: {error.orig}; what was committed is there") from error
+            said = f"the database cannot be written: {error.orig}; what was committed is there"
+            raise fault_of(error, said) from error
 
     @contextmanager
     def writing(self, lease: Lease) -> Iterator[SqlWriter]:
@@ -287,6 +288,18 @@ class SqlStore:
         )
         return [Trial(**row) for row in self._all(query)]
 
+    def recent_trials(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, count: int
+    ) -> Sequence[Trial]:
+        """Return the last trials that measured something in one environment, newest first: what trials cost here."""
+        query = _TRIALS.where(
+            TrialRow.campaign_id == campaign_id,
+            TrialRow.trainer_hash == trainer_hash,
+            TrialRow.environment_hash == environment_hash,
+            TrialRow.metric.is_not(None),
+        )
+        return [Trial(**row) for row in self._all(query.order_by(None).order_by(TrialRow.id.desc()).limit(count))]
+
     def trials_of_attempt(self, attempt_id: int) -> Sequence[Trial]:
         """Return the trials that an attempt paid for, oldest first."""
         query = _TRIALS.where(TrialRow.attempt_id == attempt_id)
@@ -438,7 +451,7 @@ class SqlStore:
             with self._engine.connect() as connection:
                 yield connection
         except DBAPIError as error:
-            raise StoreError(f"the database cannot be read: {error.orig}") from error
+            raise fault_of(error, f"the database cannot be read: {error.orig}") from error
 
     def _all(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with self._reading() as connection:

@@ -7,11 +7,12 @@ two together.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 from sqlalchemy import BigInteger, Float, ForeignKey, Index, Integer, MetaData, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from overnight.store import clock
 
 # SQLite gives rowids to INTEGER keys only; PostgreSQL needs 64 bits for long-lived stores.
 Key = Annotated[int, mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)]
@@ -24,7 +25,7 @@ Double = Annotated[float, mapped_column(Float(53))]
 
 def utc_now() -> str:
     """Return the time in UTC as ISO 8601 text with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return clock.utc_text(clock.time())
 
 
 class Table(DeclarativeBase):

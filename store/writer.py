@@ -266,12 +266,13 @@ class SqlWriter:
         *,
         iteration: int | None = None,
         attempt_id: int | None = None,
+        at: str | None = None,
     ) -> None:
-        """Record something that happened."""
+        """Record something that happened, now or at a time that has passed."""
         self._connection.execute(
             _insert_into(self._connection, EventRow).values(
                 campaign_id=self._campaign_id,
-                at=utc_now(),
+                at=at or utc_now(),
                 kind=kind,
                 iteration=iteration,
                 attempt_id=attempt_id,

@@ -262,6 +262,17 @@ class StoreConformance:
         spread = store.seed_spread(campaign.state.id, trainer_hash=TRAINER, environment_hash=ENVIRONMENT)
         assert (spread.ss, spread.df) == (pytest.approx(0.08 + 0.02), 3)
 
+    def test_recent_trials_are_the_newest_that_measured_something(self, campaign: Campaigner, store: SqlStore) -> None:
+        for seed, metric in enumerate((1.0, 1.2, None, 1.4)):
+            campaign.trial(None, 0.1, seed, metric, purpose="calibration")
+        where = {"trainer_hash": TRAINER, "environment_hash": ENVIRONMENT}
+        assert [trial.seed for trial in store.recent_trials(campaign.state.id, **where, count=2)] == [3, 1]
+
+    def test_an_event_that_had_to_wait_keeps_its_own_time(self, campaign: Campaigner, store: SqlStore) -> None:
+        with store.writing(campaign.lease) as writer:
+            writer.event("late", {}, at=LONG_AGO)
+        assert store.last_event(campaign.state.id, "late") == (LONG_AGO, {})
+
     def test_a_stale_writer_writes_nothing(self, campaign: Campaigner, store: SqlStore) -> None:
         with store.engine.begin() as connection:
             connection.execute(update(CampaignRow).values(lease_owner="elsewhere:1:1.0", lease_seen_at=LONG_AGO))
