@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from overnight.trainer.noise import Prior, shrink
 
@@ -19,55 +19,74 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-CAP_SDS = 3.0
-"""A banked gain counts up to this many standard deviations of a posterior gain; see `banked_cap`."""
+RECENT = 100
+"""Newest measured candidates, whoever proposed them, that say what a gain is worth in a duel."""
+WINSOR = 3.0
+"""A gain worse than this many standard errors below zero counts as that: disasters bank nothing however large they are,
+and a normal prior that they stretch would stop shrinking the gains near zero (benchmarks/promotion.md)."""
+CAP_QUANTILE = 0.97
+"""Of the recent gains: what a larger gain counts for. A higher cap makes each item a smaller share of it, and the test
+slower; a lower one hides the rare large gain."""
+CAP_LEAST = 2.0
+"""Standard errors that the gain behind the cap has at least."""
 BETS = 64
 """Bets in the mixture, evenly spaced in (0, 1)."""
-BET_SCALE = 0.5
+BET_SCALE = 1.0
 """Standard deviation of the half-normal that weighs the bets."""
 FORECAST_LIMIT = 10_000
 """Duels beyond which the forecast says that the threshold is out of reach."""
 BOOTSTRAPS = 2000
 
 
-def banked_cap(se: float, prior: Prior) -> float:
-    """The most that a banked gain counts for, in the unit of the gain; known before the duel is measured.
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """How the gains of one duel are banked, fixed by what was measured BEFORE it; in the unit of the gain."""
 
-    Args:
-        se: the standard deviation of a single paired gain.
-        prior: the campaign's, from what was measured BEFORE the duel.
-    """
-    if math.isinf(prior.variance):
-        return CAP_SDS * se
+    se: float
+    """The standard error of a gain measured on one seed."""
+    prior: Prior
+    cap: float
+    """The most that a banked gain counts for."""
+
+    @classmethod
+    def from_recent(cls, gains: Sequence[float], se: float) -> Self:
+        """Learn from the campaign's screening gains.
+
+        Args:
+            gains: the first paired gain of each of the newest `RECENT` measured candidates, in any order (more are
+                welcome to be left out: the caller chooses the newest).
+            se: the noise of one pair, in the unit of the gain.
+        """
+        floored = [max(gain, -WINSOR * se) for gain in gains]
+        total, squares = math.fsum(floored), math.fsum(gain * gain for gain in floored)
+        prior = Prior.from_screening(len(floored), total, squares, se * se)
+        ranked = sorted(floored)
+        top = ranked[math.ceil(CAP_QUANTILE * len(ranked)) - 1] if ranked else 0.0
+        spread = 1.0 if math.isinf(prior.variance) else _pull(se, prior)
+        cap = max(shrink(max(top, CAP_LEAST * se), se, prior).mean, spread * se)
+        return cls(se, prior, cap)
+
+    def banked(self, gain: float | None) -> float:
+        """What one side banks: its posterior gain when that is positive, up to the cap.
+
+        Args:
+            gain: the paired gain on the duel's fresh seed; None for a blocked or failed answer, which banks nothing.
+        """
+        return 0.0 if gain is None else min(max(shrink(gain, self.se, self.prior).mean, 0.0), self.cap)
+
+    def item(self, challenger: float | None, champion: float | None) -> float:
+        """The duel's item, in [-1, 1]: the difference of the two banked gains over the cap.
+
+        Two equal changes, measured as one trial, give 0. For the reversed test of a promoted student, pass the
+        predecessor's gain as `challenger` and the student's as `champion` (or change the item's sign).
+        """
+        return (self.banked(challenger) - self.banked(champion)) / self.cap if self.cap else 0.0
+
+
+def _pull(se: float, prior: Prior) -> float:
+    """The share of a measured gain that its posterior keeps."""
     total = prior.variance + se * se
-    return 0.0 if total == 0 else max(prior.mean, 0.0) + CAP_SDS * prior.variance / math.sqrt(total)
-
-
-def banked_gain(gain: float | None, se: float, prior: Prior) -> float:
-    """What one side of a duel banks: its posterior gain when that is positive, up to `banked_cap`.
-
-    Args:
-        gain: the paired gain on the duel's fresh seed; None for a blocked or failed answer, which banks nothing.
-        se: its standard error, the noise of one pair.
-        prior: the campaign's, from what was measured BEFORE the duel; the same for both sides.
-    """
-    if gain is None:
-        return 0.0
-    return min(max(shrink(gain, se, prior).mean, 0.0), banked_cap(se, prior))
-
-
-def duel_item(challenger: float, champion: float, cap: float) -> float:
-    """The item of one duel, in [-1, 1]: the difference of two banked gains over the cap; equal changes give 0.
-
-    Args:
-        challenger: `banked_gain` of the challenger's answer.
-        champion: that of the champion's. For the reversed test of a promoted student, pass the predecessor's gain as
-            `challenger` and the student's as `champion`.
-        cap: `banked_cap` of this duel.
-    """
-    if not (0 <= challenger <= cap and 0 <= champion <= cap):
-        raise ValueError(f"banked gains lie between 0 and the cap {cap!r}, got {challenger!r} and {champion!r}")
-    return 0.0 if cap == 0 else (challenger - champion) / cap
+    return prior.variance / total if total else 0.0
 
 
 def share(alpha: float, number: int) -> float:
@@ -95,7 +114,7 @@ def _log_wealths(items: Sequence[float]) -> NDArray[np.float64]:
 
     values = np.asarray(items, dtype=np.float64)
     if values.size and not (np.isfinite(values).all() and np.abs(values).max() <= 1):
-        raise ValueError("duel items are finite and lie in [-1, 1]; `duel_item` makes them")
+        raise ValueError("duel items are finite and lie in [-1, 1]; `Bank.item` makes them")
     wealths: NDArray[np.float64] = np.log1p(np.multiply.outer(values, _bets()[0])).sum(axis=0)
     return wealths
 
@@ -196,7 +215,7 @@ def weigh(items: Sequence[float], spend: float) -> Evidence:
     """Weigh the duels of one challenger.
 
     Args:
-        items: `duel_item` of each duel of this challenger, oldest first.
+        items: `Bank.item` of each duel of this challenger, oldest first.
         spend: `share(alpha, number)` for a challenger; `alpha` itself for the reversed test of a promoted student.
     """
     if not 0 < spend < 1:

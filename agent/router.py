@@ -25,6 +25,8 @@ MODE_CAP = 0.5
 """Its most frequent answer makes at most this share of its answers, or the champion's own share where that is more."""
 PROBATION_TURNS = 40
 """Turns after a promotion during which the promoted student alternates with its predecessor."""
+LEAD = 1.5
+"""An e-value from which a challenger is in the lead: it keeps its place when a newer version is trained."""
 HELDOUT_ITEMS = 5
 """Held-out items with both picks measured that `evidence = "heldout"` asks for."""
 
@@ -229,3 +231,14 @@ def route_predecessor(reversed_evidence: Evidence) -> Route:
         words = f"the predecessor proposes better: e-value {e:.3g} reaches {threshold:.3g}"
         return Route("rollback", f"{words} after {_duels(reversed_evidence)}")
     return Route("stay", f"reversed e-value {e:.3g} of {threshold:.3g} after {_duels(reversed_evidence)}")
+
+
+def keeps_place(evidence: Evidence) -> bool:
+    """Whether a challenger goes on duelling although a newer version has been trained.
+
+    A newer version starts from no evidence with a smaller share of alpha, and 25 turns bring about six duels, too few
+    for any test that holds its level; so a challenger in the lead keeps its place until it is promoted or falls back,
+    and versions that never duelled are not counted in `share`. When to replace it depends on past duels alone, so each
+    e-process stays valid (benchmarks/promotion.md has what this gains).
+    """
+    return evidence.e_value >= LEAD and evidence.needed is not None
