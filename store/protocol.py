@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from overnight.store.hashing import JsonValue
+from overnight.store.learning import LearningReads, LearningWrites
 from overnight.store.records import (
     Config,
     FailureClass,
@@ -103,6 +104,8 @@ class Attempt:
     wall_s: float | None
     energy_wh: float | None
     started_at: str
+    prompt_kind: str = "rendered"
+    """`reconstructed` for an imported attempt whose prompt was rendered afterwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +282,7 @@ class Position:
     """The attempt that the stage works on; None when it is still to be proposed."""
 
 
-class StoreWriter(Protocol):
+class StoreWriter(LearningWrites, Protocol):
     """The writes of one transaction."""
 
     def config(self, config: Config) -> str:
@@ -348,7 +351,7 @@ class StoreWriter(Protocol):
 
 
 @runtime_checkable
-class TrajectoryStore(Protocol):
+class TrajectoryStore(LearningReads, Protocol):
     """The memory of campaigns."""
 
     def open_campaign(

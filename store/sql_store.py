@@ -34,6 +34,7 @@ from overnight.store.protocol import (
     Trial,
 )
 from overnight.store.records import KnobValue, Split, Stage
+from overnight.store.sql_learning import SqlLearningReads
 from overnight.store.tables import (
     AttemptRow,
     CampaignRow,
@@ -91,7 +92,7 @@ RECENT_MOVES_CHUNK = 500
 """Configurations asked for in one query: below every engine's limit of bound parameters."""
 
 
-class SqlStore:
+class SqlStore(SqlLearningReads):
     """Implements `TrajectoryStore`."""
 
     def __init__(self, engine: Engine) -> None:

@@ -247,19 +247,31 @@ class TrialRow(Table):
 
 
 class DistillationRow(Table):
-    """One training of a student on the campaign's history."""
+    """One training of a student on the campaign's history, over; one that was killed has no row."""
 
     __tablename__ = "distillations"
+    __table_args__ = (Index("ix_distillations_campaign_id_id", "campaign_id", "id"),)
     id: Mapped[Key]
     campaign_id: Mapped[CampaignKey]
     iteration: Mapped[int]
+    """The turn after which it was run."""
+    proposer: Mapped[str] = mapped_column(Text)
+    """Whose adapter it is: a `[proposers.<name>]` of kind `student`."""
+    version: Mapped[int | None]
+    """The adapter is `v<version>`; NULL for a failure."""
     objective: Mapped[str] = mapped_column(Text)
     corpus_hash: Mapped[str | None] = mapped_column(Text)
+    """Content address of the rows that were trained on."""
     cut_attempt_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The last attempt that was trained on, or known to a target; what came later until `iteration` is held out."""
     rows: Mapped[int | None]
+    """Rows trained on."""
     adapter: Mapped[str | None] = mapped_column(Text)
+    """The version's folder; it may have been pruned since."""
     metrics: Mapped[str | None] = mapped_column(Text)
+    """JSON: the corpus report, losses by epoch, held-out loss before and after, steps, energy."""
     failure: Mapped[str | None] = mapped_column(Text)
+    """Why there is no adapter."""
     wall_s: Mapped[Double | None]
     started_at: Mapped[Utc]
     ended_at: Mapped[str | None] = mapped_column(Text)
@@ -272,8 +284,16 @@ class RaceRow(Table):
     id: Mapped[Key]
     campaign_id: Mapped[CampaignKey]
     distillation_id: Mapped[int | None] = mapped_column(ForeignKey("distillations.id"))
+    """The distillation whose cut says which turns are held out; NULL where nothing was distilled."""
+    challenger_id: Mapped[int | None] = mapped_column(ForeignKey("proposers.id"))
+    """Whom it was run for; NULL where there was no challenger."""
     iteration: Mapped[int]
+    held_out: Mapped[int] = mapped_column(server_default=text("0"))
+    """Held-out turns that were to be answered."""
     verdict: Mapped[str | None] = mapped_column(Text)
+    """The gate in words, or why there was nothing to look back at."""
+    failure: Mapped[str | None] = mapped_column(Text)
+    """Why the whole race counts for nothing: a held-out turn was in the training rows."""
     started_at: Mapped[Utc]
     ended_at: Mapped[str | None] = mapped_column(Text)
 

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from overnight.store.hashing import JsonValue, canonical_json, digest, text_digest
 from overnight.store.protocol import Measurement, NewAttempt, NewDecision, NewTrial, NewVerdict
 from overnight.store.records import Config, FailureClass, KnobValue, TrainerInfo, TrainerKind
+from overnight.store.sql_learning import SqlLearningWrites
 from overnight.store.tables import (
     AttemptRow,
     CampaignRow,
@@ -49,7 +50,7 @@ def value_text(value: KnobValue) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-class SqlWriter:
+class SqlWriter(SqlLearningWrites):
     """Implements `StoreWriter` on one open transaction."""
 
     def __init__(self, connection: Connection, campaign_id: int) -> None:

@@ -60,6 +60,8 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("iteration", sa.Integer(), nullable=False),
+        sa.Column("proposer", sa.Text(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=True),
         sa.Column("objective", sa.Text(), nullable=False),
         sa.Column("corpus_hash", sa.Text(), nullable=True),
         sa.Column("cut_attempt_id", sa.BigInteger(), nullable=True),
@@ -73,6 +75,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["campaign_id"], ["campaigns.id"], name=op.f("fk_distillations_campaign_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_distillations")),
     )
+    op.create_index("ix_distillations_campaign_id_id", "distillations", ["campaign_id", "id"], unique=False)
     op.create_table(
         "events",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),

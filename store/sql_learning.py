@@ -1,0 +1,183 @@
+"""Learning's reads and writes on the SQL store: the parts of `SqlStore` and `SqlWriter` that corpus and node use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy import Connection, Select, case, func, insert, select, update
+from sqlalchemy.orm import aliased
+
+from overnight.store.hashing import canonical_json, text_digest
+from overnight.store.learning import Distillation, NewDistillation, ScreeningSums
+from overnight.store.protocol import Attempt
+from overnight.store.tables import (
+    AttemptRow,
+    CampaignRow,
+    DistillationRow,
+    PromptRow,
+    ProposerRow,
+    Table,
+    TrialRow,
+    utc_now,
+)
+
+PROMPTS_AT_ONCE = 500
+"""Prompts asked for in one query: below every engine's limit of bound parameters."""
+_MEASURED = AttemptRow.config_id.is_not(None) & AttemptRow.rail.is_(None)
+_HARNESS = (AttemptRow.outcome == "failed") & (AttemptRow.failure == "harness")
+_TEACHES = _MEASURED & AttemptRow.outcome.in_(["kept", "reverted", "failed"]) & ~_HARNESS
+_ATTEMPT = [
+    ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
+    for name in Attempt.__slots__
+]
+_DISTILLATION = [getattr(DistillationRow, name) for name in Distillation.__slots__]
+
+
+class SqlLearningReads:
+    """Implements `LearningReads`."""
+
+    def _reading(self) -> AbstractContextManager[Connection]:
+        raise NotImplementedError
+
+    def teaching(self, campaign_id: int, *, through: int | None = None) -> Iterator[Attempt]:
+        """Yield the attempts whose change was measured, harness failures apart, in the order of turns."""
+        query = (
+            select(*_ATTEMPT)
+            .join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
+            .where(AttemptRow.campaign_id == campaign_id, _TEACHES, *_until(through))
+            .order_by(AttemptRow.iteration, AttemptRow.try_no)
+        )
+        with self._reading() as connection:
+            for row in connection.execute(query).mappings():
+                yield Attempt(**row)
+
+    def teaching_count(self, campaign_id: int) -> int:
+        """Return how many attempts `teaching` yields."""
+        return self._count(campaign_id, _TEACHES)
+
+    def harness_failures(self, campaign_id: int) -> int:
+        """Return how many measured attempts are left out of `teaching`."""
+        return self._count(campaign_id, _MEASURED & _HARNESS)
+
+    def _count(self, campaign_id: int, condition: Any) -> int:
+        query = select(func.count()).select_from(AttemptRow).where(AttemptRow.campaign_id == campaign_id, condition)
+        with self._reading() as connection:
+            return connection.execute(query).scalar_one()
+
+    def screening_sums(self, campaign_id: int, *, through: int | None = None) -> ScreeningSums:
+        """Return sums over the screening gains of the turns up to `through`."""
+        gains = _screening_gains(campaign_id, through).subquery()
+        sums = select(
+            func.count(gains.c.gain).label("n"),
+            func.sum(gains.c.gain).label("total"),
+            func.sum(gains.c.gain * gains.c.gain).label("squares"),
+            func.avg(gains.c.noise).label("noise"),
+        )
+        with self._reading() as connection:
+            row = connection.execute(sums).one()
+        return ScreeningSums(row.n, row.total or 0.0, row.squares or 0.0, row.noise)
+
+    def prompts_of(self, prompt_ids: Sequence[str]) -> Mapping[str, str]:
+        """Return stored prompts, byte for byte, by their hash."""
+        found: dict[str, str] = {}
+        with self._reading() as connection:
+            for start in range(0, len(prompt_ids), PROMPTS_AT_ONCE):
+                chunk = prompt_ids[start : start + PROMPTS_AT_ONCE]
+                query = select(PromptRow.id, PromptRow.body).where(PromptRow.id.in_(chunk))
+                found |= {row.id: row.body for row in connection.execute(query)}
+        return found
+
+    def distillations(self, campaign_id: int) -> Sequence[Distillation]:
+        """Return all distillations, newest first."""
+        query = select(*_DISTILLATION).where(DistillationRow.campaign_id == campaign_id)
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(DistillationRow.id.desc())).mappings().all()
+        return [Distillation(**{**row, "metrics": json.loads(row["metrics"] or "{}")}) for row in rows]
+
+    def last_distillation(self, campaign_id: int) -> Distillation | None:
+        """Return the newest distillation that made an adapter."""
+        return next((each for each in self.distillations(campaign_id) if each.version is not None), None)
+
+    def distilled_after(self, campaign_id: int, iteration: int) -> bool:
+        """Say whether a distillation was run after this turn, well or badly."""
+        query = select(DistillationRow.id).filter_by(campaign_id=campaign_id, iteration=iteration).limit(1)
+        with self._reading() as connection:
+            return connection.execute(query).first() is not None
+
+
+def _until(through: int | None) -> list[Any]:
+    return [] if through is None else [AttemptRow.iteration <= through]
+
+
+def _screening_gains(campaign_id: int, through: int | None) -> Select[Any]:
+    """Each measured candidate's gain on its first seed: not selected, as means of candidates that went on are.
+
+    A candidate of one trial has it as its result. Of the others it is the pair of its screening trial; imported trials
+    have no seed and no pair, but also no second trial.
+    """
+    candidate, base = aliased(TrialRow), aliased(TrialRow)
+    sign = case((CampaignRow.direction == "max", 1.0), else_=-1.0)
+    relative = AttemptRow.gain / func.nullif(AttemptRow.baseline_metric - AttemptRow.metric, 0.0)
+    scale = func.abs(func.coalesce(relative, 0.0))
+    pair = sign * (candidate.metric - base.metric) * scale
+    same = ("campaign_id", "trainer_hash", "environment_hash", "split", "seed")
+    return (
+        select(
+            case((AttemptRow.trials == 1, AttemptRow.gain), else_=pair).label("gain"),
+            case((AttemptRow.trials == 1, AttemptRow.gain_se * AttemptRow.gain_se), else_=None).label("noise"),
+        )
+        .join(CampaignRow, CampaignRow.id == AttemptRow.campaign_id)
+        .outerjoin(
+            candidate,
+            (candidate.attempt_id == AttemptRow.id)
+            & (candidate.purpose == "screening")
+            & (candidate.config_id == AttemptRow.config_id)
+            & candidate.metric.is_not(None),
+        )
+        .outerjoin(
+            base,
+            (base.config_id == AttemptRow.baseline_config_id)
+            & (base.replicate == 0)
+            & base.metric.is_not(None)
+            & _all_equal(base, candidate, same),
+        )
+        .where(AttemptRow.campaign_id == campaign_id, _TEACHES, AttemptRow.gain.is_not(None), *_until(through))
+    )
+
+
+def _all_equal(one: Any, other: Any, names: Sequence[str]) -> Any:
+    condition = getattr(one, names[0]) == getattr(other, names[0])
+    for name in names[1:]:
+        condition &= getattr(one, name) == getattr(other, name)
+    return condition
+
+
+class SqlLearningWrites:
+    """Implements `LearningWrites`."""
+
+    _connection: Connection
+    _campaign_id: int
+
+    def _insert(self, table: type[Table], **values: Any) -> bool:
+        raise NotImplementedError
+
+    def distillation(self, new: NewDistillation) -> int:
+        """Store a distillation that is over; return its id."""
+        values = {name: getattr(new, name) for name in NewDistillation.__slots__}
+        values |= {"metrics": canonical_json(new.metrics), "campaign_id": self._campaign_id, "ended_at": utc_now()}
+        statement = insert(DistillationRow).values(**values).returning(DistillationRow.id)
+        return int(self._connection.execute(statement).scalar_one())
+
+    def reconstructed(self, attempt_id: int, prompt: str) -> None:
+        """Give an imported attempt, which has no prompt, the one that its proposer would have been shown."""
+        prompt_id = text_digest(prompt)
+        self._insert(PromptRow, id=prompt_id, body=prompt)
+        self._connection.execute(
+            update(AttemptRow)
+            .where(AttemptRow.id == attempt_id, AttemptRow.campaign_id == self._campaign_id)
+            .where(AttemptRow.prompt_id.is_(None))
+            .values(prompt_id=prompt_id, prompt_kind="reconstructed")
+        )
