@@ -12,11 +12,16 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from overnight.agent.proposers.protocol import Ask, History, change_key
+from overnight.agent.proposers.protocol import Ask, History
 from overnight.rails.gate import MAX_REASON_CHARS
 from overnight.rails.menu import Change, Knob, Menu
+from overnight.rails.reply import candidate_text, change_key
 from overnight.store.hashing import digest
 from overnight.store.records import Config, KnobValue
+
+__all__ = [
+    "Scored", "SeenConfigs", "candidate_text", "candidates", "draw", "neighbours", "probabilities", "reason_from",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +81,6 @@ def _beside(knob: Knob, current: KnobValue) -> list[KnobValue]:
     below = [value for value in grid if float(value) < float(current)]
     above = [value for value in grid if float(value) > float(current)]
     return [*below[-1:], *above[:1]]
-
-
-def candidate_text(change: Change) -> str:
-    """Return how a reply that proposes `change` begins, up to the comma after the value.
-
-    The comma ends the value: without it `2` would be credited with all that `2048` gets.
-    """
-    return json.dumps({"knob": change.knob, "new_value": change.value}, ensure_ascii=False)[:-1] + ","
 
 
 def probabilities(log_probs: Sequence[float], temperature: float) -> list[float]:

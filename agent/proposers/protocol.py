@@ -6,7 +6,6 @@ too, so that one gate judges them all and their turns teach a student alike.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,19 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overnight.rails.menu import Change, Menu
+from overnight.rails.reply import change_key, reply_text
 from overnight.store.errors import CampaignError
 from overnight.store.hashing import JsonValue
-from overnight.store.records import Config, Direction, FailureClass, KnobValue
+from overnight.store.records import Config, Direction, FailureClass
 
 if TYPE_CHECKING:
     from overnight.agent.proposers.breaker import Breaker
     from overnight.distill.host import ModelHost
+
+__all__ = [
+    "Answer", "Ask", "History", "Observation", "Proposer", "ProposerContext", "ProposerPlugin", "ProposerSettings",
+    "Rejection", "change_key", "reply_text",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +166,3 @@ class ProposerPlugin(Protocol):
             CampaignError: a key is missing, unknown or impossible; nothing was opened.
         """
         ...
-
-
-def change_key(change: Change) -> str:
-    """Return the text that names a change in stored propensities: `knob=value`, the value as JSON."""
-    return f"{change.knob}={json.dumps(change.value)}"
-
-
-def reply_text(knob: str, value: KnobValue, reason: str) -> str:
-    """Return the JSON reply for one change, in the key order that every proposer and corpus uses."""
-    return json.dumps({"knob": knob, "new_value": value, "reason": reason}, ensure_ascii=False)
