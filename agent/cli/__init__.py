@@ -26,6 +26,7 @@ _COMMANDS = {
     "export": "trajectory:export_command",
     "report": "reporting:report",
     "serve": "reporting:serve",
+    "mcp": "mcp:mcp",
     "db": "database:db",
     "doctor": "doctor:doctor",
 }

@@ -6,17 +6,18 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from overnight.agent.campaign import FILE_NAME, Campaign, bundled_campaigns, load_campaign, parse_campaign
 from overnight.agent.cli.options import db_option, newest_name
-from overnight.rails.gate import NoveltyRail, Rail, check_reply
 from overnight.store.errors import InputError
-from overnight.store.records import Config
+
+if TYPE_CHECKING:
+    from overnight.store.protocol import CampaignState
+    from overnight.store.sql_store import SqlStore
 
 _TEMPLATES = {"quickstart": "quickstart", "gpt354m": "gpt354m", "command": "command_example"}
 
@@ -73,13 +74,10 @@ def check(campaign: str, file: Any, db: str) -> None:
     Exit code 0: it passed; 1: it is blocked, and the rail's id and reason are printed. `R7_capability` is left to the
     run, which knows the machine.
     """
-    from overnight.agent.run import rails_of
+    from overnight.agent.checking import check_proposal
 
     loaded = load_campaign(campaign)
-    baseline, earlier = _memory(db, loaded)
-    novelty = [] if "R6_novelty" in loaded.file.rails.skip else [NoveltyRail(earlier)]
-    rails: list[Rail] = [*novelty, *rails_of(loaded)]
-    verdict = check_reply(file.read(), menu=loaded.menu, baseline=baseline, rails=rails)
+    verdict = check_proposal(file.read(), loaded, _known(db, loaded))
     if verdict.passed:
         assert verdict.diff is not None
         changes = ", ".join(f"{knob}: {old} -> {new}" for knob, (old, new) in verdict.diff.items())
@@ -89,17 +87,12 @@ def check(campaign: str, file: Any, db: str) -> None:
     sys.exit(1)
 
 
-def _memory(db: str, campaign: Campaign) -> tuple[Config, Callable[[Config], str | None]]:
-    """Return the present baseline and what became of configurations, where a store knows the campaign."""
-    from overnight.agent.runtime import results_in_words
+def _known(db: str, campaign: Campaign) -> tuple[SqlStore, CampaignState] | None:
+    """Return the store and what it knows of the campaign, where it knows it."""
     from overnight.store.sql_store import SqlStore
 
-    fresh = campaign.menu.default, lambda _config: None
     if "://" not in db and not Path(db).exists():
-        return fresh
+        return None
     store = SqlStore.open(db)
     state = store.campaign(newest_name(store, campaign.name, campaign.path))
-    if state is None or state.baseline_config_id is None:
-        return fresh
-    baseline = store.config_of(state.baseline_config_id)
-    return baseline, lambda config: results_in_words(store, state, campaign.menu, [config])[0]
+    return None if state is None else (store, state)

@@ -213,7 +213,7 @@ def status(campaign: str | None, db: str, form: str) -> None:
     store = SqlStore.open(db)
     try:
         names = [campaign_in(store, campaign).name] if campaign else store.campaigns()
-        columns, rows = STATUS_COLUMNS, [_status_row(store, name) for name in names]
+        columns, rows = STATUS_COLUMNS, [status_row(store, name) for name in names]
         if form == "table" and campaign and rows:
             for column, value in zip(columns, rows[0], strict=True):
                 click.echo(f"{column:18} {'' if value is None else value}")
@@ -229,7 +229,8 @@ STATUS_COLUMNS = (
 )  # fmt: skip
 
 
-def _status_row(store: SqlStore, name: str) -> list[object]:
+def status_row(store: SqlStore, name: str) -> list[object]:
+    """Return a stored campaign's row of `overnight status`, in the order of `STATUS_COLUMNS`."""
     state = store.campaign(name)
     assert state is not None
     position, spent = store.next_stage(state.id), store.spent(state.id)
