@@ -84,3 +84,5 @@ class TrainerInfo:
     has_holdout: bool
     numbers: Mapping[str, float] = field(default_factory=dict)
     """The trainer's own numbers that constraints may use (`steps`, `val_tokens`, ...)."""
+    holdout_data: bool = True
+    """Whether the holdout is data kept aside; False: a holdout trial differs by its fresh seed alone."""

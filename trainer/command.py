@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -29,6 +28,7 @@ from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.hashing import digest
 from overnight.store.records import Config, FailureClass, TrainerInfo, TrialRequest, TrialResult
 from overnight.trainer.command_settings import CommandSettings, fields, fill
+from overnight.trainer.machine import machine
 from overnight.trainer.memory import GIB, system_free
 from overnight.trainer.metric_reader import MetricReader
 from overnight.trainer.output import last_lines
@@ -54,7 +54,6 @@ MEMORY_S = 0.2
 _OUT_OF_MEMORY = re.compile(
     r"^(\S+\.)?(MemoryError|OutOfMemoryError)\b|CUDA out of memory|std::bad_alloc", re.MULTILINE
 )
-_GPUS = "/proc/driver/nvidia/gpus/*/information"
 
 
 class CommandTrainer:
@@ -86,7 +85,7 @@ class CommandTrainer:
                 trainer="command",
                 metric=self._context.metric,
                 data_hash=digest({"settings": self._settings.model_dump(), "files": self._hash_files()}),
-                environment=_environment(),
+                environment=machine(),
                 has_holdout=self._settings.words("holdout") is not None,
             )
         return self._info
@@ -218,25 +217,6 @@ def _ended_as(ending: Ending, process: GuardedProcess) -> FailureClass:
     if ending.failure == "crash" and _OUT_OF_MEMORY.search(last_words):
         return "oom"
     return ending.failure or "crash"
-
-
-def _environment() -> dict[str, str]:
-    found = [_gpu_model(Path(path)) for path in sorted(glob(_GPUS))]
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpus": str(os.cpu_count()),
-        "gpus": ", ".join(found) or "none",
-        "python": platform.python_version(),
-    }
-
-
-def _gpu_model(information: Path) -> str:
-    try:
-        lines = information.read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model")), "unknown")
 
 
 def _file_hash(path: Path) -> str:

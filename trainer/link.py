@@ -51,6 +51,7 @@ class Link(Generic[AnswerT]):
         unpack: checks the body of a frame and returns the answer in it, or raises `WireError`.
         what: what the process is called in messages.
         idle: called about every second while waiting; what it raises is passed on.
+        pass_fds: further descriptors that the worker inherits under the same numbers.
 
     Raises:
         OSError: the process cannot be started.
@@ -63,6 +64,7 @@ class Link(Generic[AnswerT]):
         *,
         what: str,
         idle: Callable[[], None] = lambda: None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self._unpack = unpack
         self._what = what
@@ -71,7 +73,7 @@ class Link(Generic[AnswerT]):
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
-                self.process = GuardedProcess([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+                self.process = GuardedProcess([*command, str(theirs.fileno())], pass_fds=[theirs.fileno(), *pass_fds])
             except OSError:
                 self._socket.close()
                 raise

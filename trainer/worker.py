@@ -20,6 +20,7 @@ from overnight.store.records import Config, FailureClass, TrainerInfo, TrialRequ
 from overnight.trainer.link import Died, Link, Overran
 from overnight.trainer.output import last_lines
 from overnight.trainer.protocol import Report, TrainerContext
+from overnight.trainer.shipping import ShippedFunction
 from overnight.trainer.wire import (
     ErrorFrame,
     Frame,
@@ -53,6 +54,7 @@ class WorkerTrainer:
         context: what the campaign tells a trainer besides.
         idle: called about every second while waiting for the worker; what it raises ends the trial and is passed on.
         prepare_timeout_s: wall-clock limit of `prepare`, in seconds; None: as long as it takes (a first tokenization).
+        function: host this function of the caller's instead of an installed trainer.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class WorkerTrainer:
         *,
         idle: Callable[[], None] = lambda: None,
         prepare_timeout_s: float | None = None,
+        function: ShippedFunction | None = None,
     ) -> None:
         self._name = name
+        self._function = function
         self._settings = dict(settings)
         self._context = context
         self._idle = idle
@@ -165,21 +169,23 @@ class WorkerTrainer:
     def close(self) -> None:
         """Let the trainer close, then end the worker and everything below it; calling it again costs nothing."""
         with self._lock:
-            if self._link is None:
-                return
             try:
-                self._ask("close", deadline=time.monotonic() + _CLOSE_S)
+                if self._link is not None:
+                    self._ask("close", deadline=time.monotonic() + _CLOSE_S)
             except (Died, Overran, WireError):
                 pass  # it is killed in any case
             finally:
                 self._retire()
+                if self._function is not None:
+                    self._function.close()
 
     def _ready(self) -> None:
         """Make sure that a worker runs, with its trainer prepared where it was prepared before."""
         if self._link is not None:
             return
         try:
-            self._link = Link(_COMMAND, unpack, what="trial worker", idle=self._idle)
+            fds = [] if self._function is None else [self._function.descriptor]
+            self._link = Link(_COMMAND, unpack, what="trial worker", idle=self._idle, pass_fds=fds)
         except OSError as error:
             raise TrainerError(f"the trial worker cannot be started: {error}; free processes or memory") from error
         fields = {field: getattr(self._context, field) for field in ("metric", "memory_gib")}
@@ -189,7 +195,8 @@ class WorkerTrainer:
             "cache_dir": str(self._context.cache_dir.absolute()),
             "knobs": dict(self._context.knobs),
         }
-        load = {"name": self._name, "settings": self._settings, "context": context}
+        function = None if self._function is None else self._function.message()
+        load = {"name": self._name, "settings": self._settings, "context": context, "function": function}
         self._answer("load", load, deadline=time.monotonic() + START_S)
         if self._info is not None:
             self._check_unchanged(self._info, self._prepared())

@@ -26,6 +26,7 @@ from overnight.trainer.memory import free_memory
 from overnight.trainer.output import clean, cut, last_lines
 from overnight.trainer.protocol import Trainer, TrainerContext
 from overnight.trainer.registry import build_trainer
+from overnight.trainer.shipping import unpacked_trainer
 from overnight.trainer.wire import (
     ErrorFrame,
     ErrorKind,
@@ -73,7 +74,12 @@ class _Host:
             case "load":
                 context = _context(question["context"])
                 self._memory_gib = context.memory_gib
-                self._trainer = build_trainer(question["name"], question["settings"], context)
+                function = question["function"]
+                self._trainer = (
+                    build_trainer(question["name"], question["settings"], context)
+                    if function is None
+                    else unpacked_trainer(function, context)
+                )
                 return ValueFrame(call=call, value=None)
             case "prepare":
                 info = self.trainer.prepare()
