@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
-from overnight.trainer.noise import Prior, shrink
+from overnight.trainer.noise import Prior, Spread, shrink
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,14 +52,20 @@ class Bank:
     def from_recent(cls, gains: Sequence[float], se: float) -> Self:
         """Learn from the campaign's screening gains.
 
+        The prior's variance is taken to be at least its own standard error (that of a sample variance; normal gains),
+        so that a chance estimate of zero does not make every later gain worthless.
+
         Args:
             gains: the first paired gain of each of the newest `RECENT` measured candidates, in any order (more are
                 welcome to be left out: the caller chooses the newest).
             se: the noise of one pair, in the unit of the gain.
         """
         floored = [max(gain, -WINSOR * se) for gain in gains]
-        total, squares = math.fsum(floored), math.fsum(gain * gain for gain in floored)
-        prior = Prior.from_screening(len(floored), total, squares, se * se)
+        count, total, squares = len(floored), math.fsum(floored), math.fsum(gain * gain for gain in floored)
+        prior = Prior.from_screening(count, total, squares, se * se)
+        if not math.isinf(prior.variance):
+            seen = max(Spread.from_sums([(count, total, squares)]).variance, se * se)
+            prior = replace(prior, variance=max(prior.variance, seen * math.sqrt(2 / (count - 1))))
         ranked = sorted(floored)
         top = ranked[math.ceil(CAP_QUANTILE * len(ranked)) - 1] if ranked else 0.0
         spread = 1.0 if math.isinf(prior.variance) else _pull(se, prior)
@@ -100,12 +106,13 @@ def share(alpha: float, number: int) -> float:
 
 
 @lru_cache(maxsize=1)
-def _bets() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def bets() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The bets of the mixture and their weights."""
     import numpy as np
 
-    bets = (np.arange(BETS) + 0.5) / BETS
-    weights = np.exp(-0.5 * np.square(bets / BET_SCALE))
-    return bets, weights / weights.sum()
+    stakes = (np.arange(BETS) + 0.5) / BETS
+    weights = np.exp(-0.5 * np.square(stakes / BET_SCALE))
+    return stakes, weights / weights.sum()
 
 
 def _log_wealths(items: Sequence[float]) -> NDArray[np.float64]:
@@ -115,7 +122,7 @@ def _log_wealths(items: Sequence[float]) -> NDArray[np.float64]:
     values = np.asarray(items, dtype=np.float64)
     if values.size and not (np.isfinite(values).all() and np.abs(values).max() <= 1):
         raise ValueError("duel items are finite and lie in [-1, 1]; `Bank.item` makes them")
-    wealths: NDArray[np.float64] = np.log1p(np.multiply.outer(values, _bets()[0])).sum(axis=0)
+    wealths: NDArray[np.float64] = np.log1p(np.multiply.outer(values, bets()[0])).sum(axis=0)
     return wealths
 
 
@@ -123,7 +130,7 @@ def _mixed(log_wealths: NDArray[np.float64]) -> float:
     import numpy as np
 
     peak = float(log_wealths.max())
-    return math.exp(min(peak + math.log(float((_bets()[1] * np.exp(log_wealths - peak)).sum())), 700.0))
+    return math.exp(min(peak + math.log(float((bets()[1] * np.exp(log_wealths - peak)).sum())), 700.0))
 
 
 def e_value(items: Sequence[float]) -> float:

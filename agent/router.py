@@ -241,4 +241,4 @@ def keeps_place(evidence: Evidence) -> bool:
     and versions that never duelled are not counted in `share`. When to replace it depends on past duels alone, so each
     e-process stays valid (benchmarks/promotion.md has what this gains).
     """
-    return evidence.e_value >= LEAD and evidence.needed is not None
+    return evidence.e_value >= LEAD
