@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from overnight.store.contests import ContestReader, ContestWriter
 from overnight.store.hashing import JsonValue
 from overnight.store.learning import LearningReads, LearningWrites
 from overnight.store.records import (
@@ -282,7 +283,7 @@ class Position:
     """The attempt that the stage works on; None when it is still to be proposed."""
 
 
-class StoreWriter(LearningWrites, Protocol):
+class StoreWriter(LearningWrites, ContestWriter, Protocol):
     """The writes of one transaction."""
 
     def config(self, config: Config) -> str:
@@ -351,7 +352,7 @@ class StoreWriter(LearningWrites, Protocol):
 
 
 @runtime_checkable
-class TrajectoryStore(LearningReads, Protocol):
+class TrajectoryStore(LearningReads, ContestReader, Protocol):
     """The memory of campaigns."""
 
     def open_campaign(

@@ -69,7 +69,7 @@ class SqlLearningReads:
 
     def screening_sums(self, campaign_id: int, *, through: int | None = None) -> ScreeningSums:
         """Return sums over the screening gains of the turns up to `through`."""
-        gains = _screening_gains(campaign_id, through).subquery()
+        gains = screening_gains(campaign_id, through).subquery()
         sums = select(
             func.count(gains.c.gain).label("n"),
             func.sum(gains.c.gain).label("total"),
@@ -112,7 +112,7 @@ def _until(through: int | None) -> list[Any]:
     return [] if through is None else [AttemptRow.iteration <= through]
 
 
-def _screening_gains(campaign_id: int, through: int | None) -> Select[Any]:
+def screening_gains(campaign_id: int, through: int | None) -> Select[Any]:
     """Each measured candidate's gain on its first seed: not selected, as means of candidates that went on are.
 
     A candidate of one trial has it as its result. Of the others it is the pair of its screening trial; imported trials

@@ -34,6 +34,7 @@ from overnight.store.protocol import (
     Trial,
 )
 from overnight.store.records import KnobValue, Split, Stage
+from overnight.store.sql_contests import SqlContestReads
 from overnight.store.sql_learning import SqlLearningReads
 from overnight.store.tables import (
     AttemptRow,
@@ -92,7 +93,7 @@ RECENT_MOVES_CHUNK = 500
 """Configurations asked for in one query: below every engine's limit of bound parameters."""
 
 
-class SqlStore(SqlLearningReads):
+class SqlStore(SqlLearningReads, SqlContestReads):
     """Implements `TrajectoryStore`."""
 
     def __init__(self, engine: Engine) -> None:

@@ -132,7 +132,8 @@ class AttemptRow(Table):
     try_no: Mapped[int] = mapped_column("try")
     stage: Mapped[str] = mapped_column(Text)
     role: Mapped[str] = mapped_column(Text)
-    """Why this proposer had the turn: `champion`, `warmup`, `explore`, `request`, `fallback`, `duel`, `imported`."""
+    """Why this proposer had the turn: `champion`, `duel_champion`, `duel_challenger`, `predecessor` (of a champion just
+    promoted), `warmup`, `explore`, `request`, `fallback`, `imported`."""
     proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
     audit: Mapped[bool] = mapped_column(server_default=text("false"))
     """Drawn beforehand: the candidate gets a second paired seed whatever the first says."""
@@ -281,6 +282,7 @@ class RaceRow(Table):
     """One look back over held-out turns by several proposers."""
 
     __tablename__ = "races"
+    __table_args__ = (Index("ix_races_campaign_id_id", "campaign_id", "id"),)
     id: Mapped[Key]
     campaign_id: Mapped[CampaignKey]
     distillation_id: Mapped[int | None] = mapped_column(ForeignKey("distillations.id"))
@@ -308,29 +310,105 @@ class RaceItemRow(Table):
     attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"))
     proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
     draw: Mapped[int]
+    """0, 1, ...: a stochastic proposer is asked several times."""
+    source: Mapped[str] = mapped_column(Text, server_default=text("'asked'"))
+    """`asked`; `recorded`: its own choice of then, read from the attempt; `drawn` from the probabilities of draw 0."""
     reply: Mapped[str | None] = mapped_column(Text)
     knob: Mapped[str | None] = mapped_column(Text)
     new_value: Mapped[str | None] = mapped_column(Text)
+    config_id: Mapped[str | None] = mapped_column(ForeignKey("configs.id"))
+    """What the answer would have run; NULL where no configuration came of it."""
     valid: Mapped[bool | None]
+    """Whether the answer passes the rails of that moment; NULL where there was no answer."""
+    rail: Mapped[str | None] = mapped_column(Text)
+    """The rail that blocks it."""
+    failure: Mapped[str | None] = mapped_column(Text)
+    """Why there was no answer; such an item is missing, not lost."""
     knob_match: Mapped[bool | None]
     exact_match: Mapped[bool | None]
+    modal_match: Mapped[bool | None]
+    """On draw 0: whether the most frequent (or most probable) answer is what was tried."""
+    agreement: Mapped[Double | None]
+    """On draw 0: the chance that two of its draws agree, the ceiling of any match rate."""
+    tried_probability: Mapped[Double | None]
+    """On draw 0 of a proposer that knows its probabilities: that of what was tried."""
+    probabilities: Mapped[str | None] = mapped_column(Text)
+    """On draw 0: JSON, each change with its probability."""
     expected_gain: Mapped[Double | None]
+    """Gain of the pick where it was measured against that baseline; NULL where it never was."""
     latency_s: Mapped[Double | None]
+    """NULL for a draw that asked nobody."""
+
+
+class DuelRow(Table):
+    """Champion and challenger answer one prompt in two turns in a row; both are measured on one fresh seed."""
+
+    __tablename__ = "duels"
+    __table_args__ = (
+        UniqueConstraint("campaign_id", "iteration"),
+        Index("ix_duels_campaign_id_champion_id_challenger_id", "campaign_id", "champion_id", "challenger_id"),
+    )
+    id: Mapped[Key]
+    campaign_id: Mapped[CampaignKey]
+    iteration: Mapped[int]
+    """The first of its two turns."""
+    kind: Mapped[str] = mapped_column(Text)
+    """`challenge`; `return`: the challenger is the predecessor of a promoted champion."""
+    seed: Mapped[int] = mapped_column(BigInteger)
+    """Of its trials; no other duel and no decision uses it."""
+    champion_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    challenger_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    champion_attempt_id: Mapped[int | None] = mapped_column(ForeignKey("attempts.id"))
+    challenger_attempt_id: Mapped[int | None] = mapped_column(ForeignKey("attempts.id"))
+    champion_gain: Mapped[Double | None]
+    """Paired gain on the duel's seed; NULL where the answer was blocked or failed."""
+    challenger_gain: Mapped[Double | None]
+    gain_se: Mapped[Double | None]
+    """Standard error of either gain."""
+    champion_banked: Mapped[Double | None]
+    """Posterior gain where positive, up to `cap`; 0 for a blocked or failed answer."""
+    challenger_banked: Mapped[Double | None]
+    cap: Mapped[Double | None]
+    """The most that a side may bank, known before the duel."""
+    item: Mapped[Double | None]
+    """(challenger banked - champion banked) / cap, in [-1, 1]; NULL while it runs, and where it counts for nothing."""
+    note: Mapped[str | None] = mapped_column(Text)
+    """What is to be said of it: the same answer, or why there is no item."""
+    started_at: Mapped[Utc]
+    settled_at: Mapped[str | None] = mapped_column(Text)
+
+
+class AliasRow(Table):
+    """Who stands where now: `champion`, `challenger`, `previous`."""
+
+    __tablename__ = "aliases"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
+    alias: Mapped[str] = mapped_column(Text, primary_key=True)
+    proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
+    iteration: Mapped[int]
+    """The turn after which it was set."""
+    at: Mapped[Utc]
 
 
 class PromotionRow(Table):
     """A switch of the champion, with its evidence."""
 
     __tablename__ = "promotions"
+    __table_args__ = (Index("ix_promotions_campaign_id_id", "campaign_id", "id"),)
     id: Mapped[Key]
     campaign_id: Mapped[CampaignKey]
     iteration: Mapped[int]
+    """The turn after which it happened."""
     kind: Mapped[str] = mapped_column(Text)
+    """`promotion` or `rollback`."""
     from_proposer_id: Mapped[int | None] = mapped_column(ForeignKey("proposers.id"))
     to_proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
     evidence: Mapped[Json]
     decided_by: Mapped[str] = mapped_column(Text)
+    """`router`, or `person`."""
     reason: Mapped[str | None] = mapped_column(Text)
+    request_event_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The event by which a person asked for it."""
     at: Mapped[Utc]
 
 

@@ -32,12 +32,20 @@ _WORDS = {
         "knob_rows": "json_each(c.body) AS k",
         "knob_value": "CASE WHEN k.type = 'text' THEN k.value ELSE CAST(k.atom AS TEXT) END",
         "knob_number": "CASE WHEN k.type IN ('integer', 'real') THEN CAST(k.atom AS REAL) END",
+        **{
+            f"label_{p}": f"{p}.name || coalesce('@' || json_extract({p}.description, '$.adapter.version'), '')"
+            for p in "pft"
+        },
     },
     "postgresql": {
         "price": "CAST(c.spec::jsonb #>> '{budget,price_per_kwh}' AS double precision)",
         "knob_rows": "LATERAL jsonb_each(c.body::jsonb) AS k",
         "knob_value": "k.value #>> '{}'",
         "knob_number": "CASE WHEN jsonb_typeof(k.value) = 'number' THEN (k.value #>> '{}')::double precision END",
+        **{
+            f"label_{p}": f"{p}.name || coalesce('@' || ({p}.description::jsonb #>> '{{adapter,version}}'), '')"
+            for p in "pft"
+        },
     },
 }
 
@@ -48,6 +56,7 @@ _PURPOSES = {
     "confirmation": "a promising candidate's further trials",
     "audit": "replicates drawn beforehand, for the noise",
     "baseline": "a new baseline on seeds that it lacked",
+    "duel": "both answers of a duel and the baseline, on a seed of their own",
     "holdout": "the locked holdout",
 }
 
@@ -103,7 +112,8 @@ VIEWS = (
             "wall_s": "seconds of the attempt's trials",
             "energy_wh": "watt-hours of the attempt's trials, where measured",
             "started_at": "UTC, ISO 8601",
-            "role": "why this proposer had the turn: champion, warmup, explore, request, fallback, duel or imported",
+            "role": "why this proposer had the turn: champion, duel_champion, duel_challenger, predecessor, warmup, "
+            "explore, request, fallback or imported",
             "metric_se": "standard error of the metric",
             "gain_se": "standard error of the gain",
             "gain_lower": "one-sided lower bound of the gain at the campaign's alpha",
@@ -245,7 +255,7 @@ GROUP BY c.name, c.id""",
             "trial_id": "its key",
             "attempt_id": "the attempt that paid for it; NULL for calibration and the locked holdout",
             "iteration": "that attempt's turn",
-            "purpose": ", ".join(_PURPOSES) + " or duel",
+            "purpose": ", ".join(_PURPOSES),
             "config_id": "what was run: key into `configs` and `config_knobs`",
             "split": "`val`, or the locked `holdout`",
             "seed": "of initial weights, data order and dropout; NULL for an imported trial",
@@ -276,23 +286,76 @@ FROM trials AS t JOIN campaigns AS c ON c.id = t.campaign_id LEFT JOIN attempts 
             "campaign": CAMPAIGN,
             "race_id": "the race",
             "iteration": "the turn after which it was run",
-            "proposer": "who answered",
+            "proposer": "who answered; `student@v3` is the student with its third adapter",
             "items": "held-out turns answered",
-            "valid_rate": "share of answers that pass the rails",
-            "knob_match_rate": "share that name the knob that was tried",
-            "exact_match_rate": "share that name the knob and value that were tried",
+            "valid_rate": "share of answers that pass the rails of that moment",
+            "knob_match_rate": "share that name the knob that was tried; its own recorded choices are left out",
+            "exact_match_rate": "share that name the knob and value that were tried; likewise",
             "mean_expected_gain": "mean gain of its picks, where they were measured",
             "mean_latency_s": "mean seconds to an answer",
-            "verdict": "what the race decided",
+            "verdict": "what the race showed: the gate in words",
+            "held_out": "turns that were to be answered",
+            "missing": "turns without an answer: an endpoint was down, a model did not load",
+            "modal_match_rate": "share of turns whose most frequent answer is what was tried",
+            "agreement": "mean chance that two of its draws agree: the ceiling of any match rate",
+            "tried_probability": "mean probability that it gives to what was tried, where it knows its probabilities",
+            "distinct_pairs": "different (knob, value) among its first answers",
+            "unmeasured_rate": "share of its valid picks whose gain is not known",
+            "median_latency_s": "median seconds to an answer",
+            "p95_latency_s": "95th percentile of the seconds to an answer",
+            "failure": "why the whole race counts for nothing",
         },
         f"""
-SELECT c.name AS campaign, r.id AS race_id, r.iteration, p.name AS proposer, count(DISTINCT i.attempt_id) AS items,
-    {_rate("i.valid", "valid_rate")}, {_rate("i.knob_match", "knob_match_rate")},
-    {_rate("i.exact_match", "exact_match_rate")},
-    avg(i.expected_gain) AS mean_expected_gain, avg(i.latency_s) AS mean_latency_s, r.verdict
-FROM race_items AS i JOIN races AS r ON r.id = i.race_id JOIN campaigns AS c ON c.id = r.campaign_id
+SELECT c.name AS campaign, r.id AS race_id, r.iteration, $label_p AS proposer,
+    count(DISTINCT CASE WHEN i.failure IS NULL THEN i.attempt_id END) AS items,
+    {_rate("i.valid", "valid_rate", "i.valid IS NOT NULL")},
+    {_rate("i.knob_match", "knob_match_rate", "i.knob_match IS NOT NULL")},
+    {_rate("i.exact_match", "exact_match_rate", "i.exact_match IS NOT NULL")},
+    avg(i.expected_gain) AS mean_expected_gain, avg(i.latency_s) AS mean_latency_s, r.verdict, r.held_out,
+    count(DISTINCT CASE WHEN i.failure IS NOT NULL AND i.draw = 0 THEN i.attempt_id END) AS missing,
+    {_rate("i.modal_match", "modal_match_rate", "i.modal_match IS NOT NULL")},
+    avg(i.agreement) AS agreement, avg(i.tried_probability) AS tried_probability,
+    count(DISTINCT CASE WHEN i.draw = 0 AND i.knob IS NOT NULL THEN i.knob || '=' || i.new_value END) AS distinct_pairs,
+    {_rate("i.expected_gain IS NULL", "unmeasured_rate", "i.valid")},
+    avg(CASE WHEN i.place IN ((i.timed + 1) / 2, (i.timed + 2) / 2) THEN i.latency_s END) AS median_latency_s,
+    max(CASE WHEN i.place = (95 * i.timed + 99) / 100 THEN i.latency_s END) AS p95_latency_s, r.failure
+FROM campaigns AS c JOIN races AS r ON r.campaign_id = c.id
+JOIN (SELECT e.*, count(e.latency_s) OVER (PARTITION BY e.race_id, e.proposer_id) AS timed,
+    row_number() OVER (PARTITION BY e.race_id, e.proposer_id ORDER BY e.latency_s IS NULL, e.latency_s) AS place
+    FROM race_items AS e) AS i ON i.race_id = r.id
 JOIN proposers AS p ON p.id = i.proposer_id
-GROUP BY c.name, r.id, r.iteration, p.name, r.verdict""",
+GROUP BY c.name, r.id, r.iteration, p.id, p.name, p.description, r.verdict, r.held_out, r.failure""",
+    ),
+    View(
+        "duel_log",
+        "a duel: champion and challenger answered one prompt, both were measured on one seed of their own",
+        {
+            "campaign": CAMPAIGN,
+            "iteration": "the first of its two turns",
+            "kind": "challenge, or return: the challenger is the predecessor of a promoted champion",
+            "champion": "who defended",
+            "challenger": "who challenged",
+            "champion_attempt_id": "key into `attempts`",
+            "challenger_attempt_id": "key into `attempts`",
+            "champion_pick": "knob = value that the champion proposed",
+            "challenger_pick": "knob = value that the challenger proposed",
+            "champion_gain": "its paired gain on the duel's seed; NULL where the answer was blocked or failed",
+            "challenger_gain": "likewise",
+            "champion_banked": "posterior gain where positive, up to a cap fixed before the duel; 0 for no answer",
+            "challenger_banked": "likewise",
+            "item": "(challenger banked - champion banked) / cap: above 0 the challenger won",
+            "note": "the same answer, or why the duel counts for nothing",
+            "seed": "of its trials",
+            "settled_at": "UTC, ISO 8601; NULL while it runs",
+        },
+        """
+SELECT c.name AS campaign, d.iteration, d.kind, $label_f AS champion, $label_t AS challenger, d.champion_attempt_id,
+    d.challenger_attempt_id, a.knob || ' = ' || a.new_value AS champion_pick,
+    b.knob || ' = ' || b.new_value AS challenger_pick, d.champion_gain, d.challenger_gain, d.champion_banked,
+    d.challenger_banked, d.item, d.note, d.seed, d.settled_at
+FROM duels AS d JOIN campaigns AS c ON c.id = d.campaign_id
+JOIN proposers AS f ON f.id = d.champion_id JOIN proposers AS t ON t.id = d.challenger_id
+LEFT JOIN attempts AS a ON a.id = d.champion_attempt_id LEFT JOIN attempts AS b ON b.id = d.challenger_attempt_id""",
     ),
     View(
         "promotion_log",
@@ -302,14 +365,14 @@ GROUP BY c.name, r.id, r.iteration, p.name, r.verdict""",
             "iteration": "the turn after which it happened",
             "kind": "promotion or rollback",
             "from_proposer": "who had the turn before",
-            "to_proposer": "who has it now",
+            "to_proposer": "who has it now; `student@v3` is the student with its third adapter",
             "evidence": "JSON: the numbers it rests on",
             "decided_by": "the router, or a person",
             "reason": "in words",
             "at": "UTC, ISO 8601",
         },
         """
-SELECT c.name AS campaign, m.iteration, m.kind, f.name AS from_proposer, t.name AS to_proposer, m.evidence,
+SELECT c.name AS campaign, m.iteration, m.kind, $label_f AS from_proposer, $label_t AS to_proposer, m.evidence,
     m.decided_by, m.reason, m.at
 FROM promotions AS m JOIN campaigns AS c ON c.id = m.campaign_id
 LEFT JOIN proposers AS f ON f.id = m.from_proposer_id JOIN proposers AS t ON t.id = m.to_proposer_id""",

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from overnight.store.hashing import JsonValue, canonical_json, digest, text_digest
 from overnight.store.protocol import Measurement, NewAttempt, NewDecision, NewTrial, NewVerdict
 from overnight.store.records import Config, FailureClass, KnobValue, TrainerInfo, TrainerKind
+from overnight.store.sql_contests import SqlContestWrites, proposer_digest
 from overnight.store.sql_learning import SqlLearningWrites
 from overnight.store.tables import (
     AttemptRow,
@@ -50,7 +51,7 @@ def value_text(value: KnobValue) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-class SqlWriter(SqlLearningWrites):
+class SqlWriter(SqlLearningWrites, SqlContestWrites):
     """Implements `StoreWriter` on one open transaction."""
 
     def __init__(self, connection: Connection, campaign_id: int) -> None:
@@ -69,7 +70,7 @@ class SqlWriter(SqlLearningWrites):
 
     def proposer(self, name: str, kind: str, description: Mapping[str, JsonValue]) -> int:
         """Store a proposer as it is configured; return its id."""
-        sha = digest({"kind": kind, **description})
+        sha = proposer_digest(kind, description)
         self._insert(
             ProposerRow,
             campaign_id=self._campaign_id,
