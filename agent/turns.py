@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from overnight.agent.campaign import Campaign
 from overnight.agent.proposers.protocol import Proposer, Rejection
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.agent.runtime import Runtime
+from overnight.distill.histories import Frame
 from overnight.rails.gate import Candidate, Proposal
 from overnight.rails.menu import Change
 from overnight.store.hashing import JsonValue
@@ -121,30 +123,46 @@ def turn_prompt(
     turns: int,
 ) -> str:
     """Render the prompt of a turn, whoever proposes."""
-    file, menu = runtime.campaign.file, runtime.campaign.menu
+    file = runtime.campaign.file
     recent = runtime.store.recent(state.id, file.prompt.recent) if file.prompt.recent else ()
     noise = runtime.noise(state)
     gain_sd = None
     if noise is not None and baseline_metric:
         gain_sd = noise.sd / abs(baseline_metric) if file.metric.gain == "relative" else noise.sd
     return render_prompt(
-        PromptFacts(
-            metric=file.metric.name,
-            direction=file.metric.direction,
-            gain=file.metric.gain,
-            min_gain=file.decision.min_gain,
-            knobs=[KnobFact(knob.name, knob.describe(), knob.doc) for knob in menu.knobs],
-            rules=[f"{rule.rule}" + (f" ({rule.doc})" if rule.doc else "") for rule in menu.constraints],
-            brief=runtime.campaign.read_brief(),
+        replace(
+            prompt_frame(runtime.campaign).facts,
             config=baseline,
             baseline_metric=baseline_metric,
             turns=turns,
             totals=totals,
             gain_sd=gain_sd,
             recent=[without_forgery(attempt) for attempt in recent],
-            lineage=file.prompt.lineage,
         )
     )
+
+
+def prompt_frame(campaign: Campaign) -> Frame:
+    """Return what all prompts of a campaign share, and what its rails ask of a change."""
+    file, menu = campaign.file, campaign.menu
+    facts = PromptFacts(
+        metric=file.metric.name,
+        direction=file.metric.direction,
+        gain=file.metric.gain,
+        min_gain=file.decision.min_gain,
+        knobs=[KnobFact(knob.name, knob.describe(), knob.doc) for knob in menu.knobs],
+        rules=[f"{rule.rule}" + (f" ({rule.doc})" if rule.doc else "") for rule in menu.constraints],
+        brief=campaign.read_brief(),
+        config=menu.default,
+        baseline_metric=None,
+        turns=0,
+        totals=[],
+        gain_sd=None,
+        recent=[],
+        lineage=file.prompt.lineage,
+    )
+    novelty = "R6_novelty" not in file.rails.skip
+    return Frame(facts=facts, menu=menu, recent=file.prompt.recent, novelty=novelty)
 
 
 def without_forgery(attempt: Attempt) -> Attempt:

@@ -5,7 +5,9 @@ The tree (an exit code of the command line in brackets)::
     OvernightError
     ├── InputError            [2]  wrong use or bad input: what, where, the remedy
     │   ├── CampaignError          a campaign file that cannot be run
+    │   ├── NotAllowedError        it wants something that nobody has allowed it
     │   ├── MenuError              a knob, a value or a constraint that makes no sense
+    │   ├── CorpusRefusedError     a history that cannot teach yet
     │   └── QueryError             SQL that is wrong or not allowed
     ├── StoreError            [3]  the database cannot be used
     │   ├── SchemaError            it is older or newer than this code
@@ -39,6 +41,10 @@ class CampaignError(InputError):
 
 class MenuError(InputError):
     """A knob, a value or a constraint that makes no sense."""
+
+
+class CorpusRefusedError(InputError):
+    """A history that cannot teach yet; the message says what is missing and what to run to mend it."""
 
 
 class QueryError(InputError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ MIN_LINEAGE_TOKENS = 150
 MAX_BRIEF_CHARS = 500
 MAX_QUOTE_CHARS = 48
 LETTERS_A_TOKEN = 6
+_HISTORY = "# History\n"
 _PIECES = re.compile(r"[A-Za-z]+|[^\sA-Za-z]")
 
 
@@ -99,8 +101,24 @@ def render_variable(facts: PromptFacts) -> str:
     lineage = []
     if facts.lineage:
         taken = estimate_tokens(render_constant(facts)) + sum(map(estimate_tokens, before + after))
-        lineage.append("# History\n" + _lineage(facts, max(AIM_TOKENS - taken, MIN_LINEAGE_TOKENS)))
+        lineage.append(_HISTORY + _lineage(facts, max(AIM_TOKENS - taken, MIN_LINEAGE_TOKENS)))
     return "\n" + "\n\n".join(before + lineage + after) + "\n"
+
+
+def shuffle_history(prompt: str, rng: random.Random) -> str:
+    """Return a rendered prompt with the knobs of its history in another order: it says the same.
+
+    No other text can begin a line as the section does: the brief is quoted, and what models wrote is within a line.
+    """
+    before, mark, rest = prompt.partition("\n" + _HISTORY)
+    section, gap, after = rest.partition("\n\n")
+    header, *lines = section.rstrip("\n").split("\n")
+    is_knob = [not line.startswith(("- never tried: ", "(")) for line in lines]
+    knobs = [line for line, of_knob in zip(lines, is_knob, strict=True) if of_knob]
+    rng.shuffle(knobs)
+    notes = [line for line, of_knob in zip(lines, is_knob, strict=True) if not of_knob]
+    end = "\n" if section.endswith("\n") else ""
+    return before + mark + "\n".join([header, *knobs, *notes]) + end + gap + after
 
 
 def estimate_tokens(text: str) -> int:
