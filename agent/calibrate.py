@@ -27,6 +27,7 @@ def calibrate(runtime: Runtime) -> None:
         CampaignError: the campaign cannot be run as it is; the message says what to change.
         TrainerError: the device or the harness is at fault.
         PauseRequested: a pause was asked for.
+        BudgetSpent: a budget ends before the baseline is measured.
     """
     if runtime.info is None:
         runtime.info = runtime.trainer.prepare()
@@ -40,7 +41,7 @@ def calibrate(runtime: Runtime) -> None:
         else runtime.store.config_of(state.baseline_config_id)
     )
     _check_runs_here(runtime, baseline)
-    if state.environment_hash is not None:
+    if state.environment_hash is not None and not _was_told(runtime, state):
         runtime.emit(EnvironmentChanged(campaign=runtime.name, changed=_changed(state, runtime)))
     _measure_baseline(runtime, state, baseline)
     _conclude(runtime, state, baseline)
@@ -58,6 +59,13 @@ def _check_runs_here(runtime: Runtime, baseline: Config) -> None:
     problem = runtime.capability().problem(baseline)
     if problem and "R7_capability" not in runtime.campaign.file.rails.skip:
         raise CampaignError(f"{runtime.campaign.path}: the baseline cannot run here: {problem} as a knob's `default`")
+
+
+def _was_told(runtime: Runtime, state: CampaignState) -> bool:
+    """Whether the change was recorded by a run that was cut off before it had measured the baseline."""
+    changed = runtime.store.last_event(state.id, "environment_changed")
+    measured = runtime.store.last_event(state.id, "calibrated")
+    return changed is not None and (measured is None or changed[0] > measured[0])
 
 
 def _changed(state: CampaignState, runtime: Runtime) -> list[str]:
@@ -117,15 +125,15 @@ def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
         position = runtime.store.next_stage(state.id)
         if position.attempt_id is not None:  # it was being measured in another environment
             writer.measured_anew(position.attempt_id)
-    runtime.emit(
-        Calibrated(
-            campaign=runtime.name,
-            trainer_kind=kind,
-            baseline_metric=math.fsum(calibrated) / len(calibrated),
-            noise_sd=noise_sd,
-            trials=len(trials),
+        runtime.emit(  # inside: its row is committed with what it says
+            Calibrated(
+                campaign=runtime.name,
+                trainer_kind=kind,
+                baseline_metric=math.fsum(calibrated) / len(calibrated),
+                noise_sd=noise_sd,
+                trials=len(trials),
+            )
         )
-    )
 
 
 def _check_resolvable(runtime: Runtime, kind: TrainerKind, baseline: Mapping[int, float]) -> None:

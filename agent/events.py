@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+from overnight.store.clock import time, utc_text
 from overnight.store.hashing import JsonValue
 from overnight.store.records import FailureClass, KnobValue, Outcome, Purpose, TrainerKind
 
@@ -42,6 +44,14 @@ class RunStarted(Event):
     """The turn that comes next."""
     budget: int
     pid: int
+    until: str | None = None
+    """`budget.until` as the file says it."""
+    deadline: str | None = None
+    """When that is, in UTC."""
+    prepared_s: float = 0.0
+    """What preparing the trainer took, just before."""
+    last_seen: str | None = None
+    """The last sign of life of a run that was cut off before this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,43 @@ class TrialFinished(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialDropped(Event):
+    """A trial under way was given up, through no fault of its own; it is run again when the campaign goes on."""
+
+    kind: ClassVar[str] = "trial_dropped"
+    recorded: ClassVar[bool] = True
+    iteration: int | None
+    purpose: Purpose
+    reason: str
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault(Event):
+    """Something outside went wrong; the campaign goes on, or waits and tries again."""
+
+    kind: ClassVar[str] = "fault"
+    recorded: ClassVar[bool] = True
+    what: str
+    """`storage`, `trainer`, `worker`, `out_of_memory`, `brief`, `terminal`, or `proposer:<name>`."""
+    detail: str
+    iteration: int | None
+    waits: bool
+    """Whether the campaign stands still until it is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultOver(Event):
+    """What went wrong works again."""
+
+    kind: ClassVar[str] = "fault_over"
+    recorded: ClassVar[bool] = True
+    what: str
+    since: str
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decided(Event):
     """A turn is over."""
 
@@ -208,6 +255,16 @@ class Paused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped(Event):
+    """The campaign was stopped by a fault that it could not wait out; `overnight run` goes on with it."""
+
+    kind: ClassVar[str] = "stopped"
+    recorded: ClassVar[bool] = True
+    iteration: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Event):
     """The campaign is over."""
 
@@ -215,6 +272,8 @@ class Finished(Event):
     recorded: ClassVar[bool] = True
     iterations: int
     stop_reason: str
+    why: str = ""
+    """The same in words, with the numbers that it rests on."""
 
 
 @runtime_checkable
@@ -252,20 +311,43 @@ def _write_to_graph(event: Event) -> None:
     writer({"event": event.kind, "campaign": event.campaign, **event.payload()})
 
 
+@dataclass(frozen=True, slots=True)
+class PendingEvent:
+    """An event on its way into the store."""
+
+    kind: str
+    payload: Mapping[str, JsonValue]
+    iteration: int | None
+    at: str
+
+
 class EventBuffer:
-    """The consumer behind the `events` table: keeps what is to be recorded until the next transaction takes it."""
+    """The consumer behind the `events` table: keeps what is to be recorded until a transaction has taken it."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[str, Mapping[str, JsonValue], int | None]] = []
+        self._pending: list[PendingEvent] = []
 
     def on_event(self, event: Event) -> None:
-        """Keep an event that gets a row."""
+        """Keep an event that gets a row, with the time at which it happened."""
         if event.recorded:
             payload = event.payload()
             iteration = payload.get("iteration")
-            self._pending.append((event.kind, payload, iteration if isinstance(iteration, int) else None))
+            at = utc_text(time())
+            self._pending.append(
+                PendingEvent(event.kind, payload, iteration if isinstance(iteration, int) else None, at)
+            )
 
-    def take(self) -> list[tuple[str, Mapping[str, JsonValue], int | None]]:
-        """Return what waits, and forget it."""
-        taken, self._pending = self._pending, []
-        return taken
+    def waiting(self) -> Sequence[PendingEvent]:
+        """Return what waits, oldest first."""
+        return tuple(self._pending)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Around the transaction that takes what waits; one that fails takes nothing, and undoes what was added."""
+        before = tuple(self._pending)
+        try:
+            yield
+        except BaseException:
+            self._pending = list(before)
+            raise
+        self._pending = []

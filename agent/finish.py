@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from overnight.agent.budget import HOLDOUT_SEEDS, why_stopped
 from overnight.agent.decide import gain_scale
 from overnight.agent.events import Finished, HoldoutMeasured, HoldoutSkipped
 from overnight.agent.measure import calibration_seeds, run_trial, series_of, stored_trials
 from overnight.agent.runtime import Runtime
+from overnight.agent.state import BudgetSpent
 from overnight.store.protocol import CampaignState
 from overnight.store.records import Config
 from overnight.trainer.noise import Spread
 
-HOLDOUT_SEEDS = 5
-"""Pairs behind the interval: 4 degrees of freedom."""
 SEED_OFFSET = 500
 """Holdout seeds start so far after the calibration's, so that no decision ever used one."""
 CONFIDENCE = 0.95
@@ -30,12 +30,16 @@ def finish(runtime: Runtime, state: CampaignState, reason: str, iterations: int)
     Raises:
         PauseRequested: a pause was asked for between two trials; the look goes on at the next run.
     """
-    skipped = _why_not(runtime, state) or _measure_holdout(runtime, state)
-    if skipped is not None:
-        runtime.emit(HoldoutSkipped(campaign=runtime.name, reason=skipped))
-    runtime.emit(Finished(campaign=runtime.name, iterations=iterations, stop_reason=reason))
+    why = why_stopped(runtime, state, reason)
+    try:
+        looked = _why_not(runtime, state) or _measure_holdout(runtime, state)
+    except BudgetSpent:
+        looked = "there was no time left for it; it stays locked, and the next run looks at it"
+    said = HoldoutSkipped(campaign=runtime.name, reason=looked) if isinstance(looked, str) else looked
     with runtime.writing(changes_campaign=True) as writer:
         writer.status("finished", reason)
+        runtime.emit(said)  # inside: their rows are committed with what they say, and never without
+        runtime.emit(Finished(campaign=runtime.name, iterations=iterations, stop_reason=reason, why=why))
 
 
 def winner(runtime: Runtime, state: CampaignState) -> Config | None:
@@ -58,8 +62,8 @@ def _why_not(runtime: Runtime, state: CampaignState) -> str | None:
     return None
 
 
-def _measure_holdout(runtime: Runtime, state: CampaignState) -> str | None:
-    """Run the pairs and report the gain; return why it could not be done."""
+def _measure_holdout(runtime: Runtime, state: CampaignState) -> HoldoutMeasured | str:
+    """Run the pairs and return the gain, or why it could not be measured."""
     best = winner(runtime, state)
     assert best is not None
     seeds = [calibration_seeds(runtime)[0] + SEED_OFFSET + i for i in range(HOLDOUT_SEEDS)]
@@ -70,8 +74,7 @@ def _measure_holdout(runtime: Runtime, state: CampaignState) -> str | None:
             return metrics
         measured.append(metrics)
     assert state.best_attempt_id is not None
-    runtime.emit(_verdict(runtime, state.best_attempt_id, measured[0], measured[1]))
-    return None
+    return _verdict(runtime, state.best_attempt_id, measured[0], measured[1])
 
 
 def _series(

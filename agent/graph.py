@@ -52,7 +52,7 @@ def turn_graph(
     graph.add_conditional_edges(exits["calibrate"], _follow, _ends(*NODES[1:]))
     graph.add_conditional_edges(exits["propose"], _follow, _ends("propose", "check_rails", "finish"))
     graph.add_conditional_edges(exits["check_rails"], _follow, _ends("propose", "train", "finish"))
-    graph.add_conditional_edges(exits["train"], _follow, _ends("validate"))
+    graph.add_conditional_edges(exits["train"], _follow, _ends("validate", "finish"))
     graph.add_edge(exits["validate"], "decide")
     graph.add_conditional_edges(exits["decide"], _follow, _ends("finish"))
     graph.add_edge(exits["finish"], END)

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from overnight.agent.budget import check_trial
 from overnight.agent.decide import AUDIT_SEEDS, Verdict, judge, seed_order
-from overnight.agent.events import TrialFinished, TrialStarted, TrialStepped
+from overnight.agent.events import TrialDropped, TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
-from overnight.store.errors import TrainerError
+from overnight.agent.signals import PauseRequested
+from overnight.agent.state import BudgetSpent
+from overnight.store import clock
+from overnight.store.errors import StorageFaultError, TrainerError
+from overnight.store.hashing import digest
 from overnight.store.protocol import Attempt, CampaignState, NewTrial, Trial
 from overnight.store.records import Config, FailureClass, Purpose, Split, TrialProgress, TrialRequest, TrialResult
 
+DUEL_ROLES = ("duel_champion", "duel_challenger")
 HARNESS_RETRIES = 1
 """How often a trial is run again when the harness, not the candidate, was at fault."""
-
-
-class PauseRequested(Exception):
-    """Somebody asked to pause; raised between trials, handled by the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,15 @@ def run_trial(
     number: int = 1,
     of: int = 1,
 ) -> TrialResult:
-    """Run one trial and commit it.
+    """Run one trial and commit it; a result that the disk has no room for is kept until it has.
 
     Raises:
-        PauseRequested: a pause was asked for; nothing was run.
+        PauseRequested: a pause was asked for; nothing was run, or a trial under way was dropped (SIGTERM).
+        BudgetSpent: it would not be over in time, or took too long and was dropped.
     """
     if runtime.pause_wanted() is not None:
         raise PauseRequested
+    check_trial(runtime, runtime.state(), purpose)
     iteration = None if attempt is None else attempt.iteration
     name = runtime.name
     runtime.emit(TrialStarted(campaign=name, iteration=iteration, purpose=purpose, number=number, of=of))
@@ -85,24 +89,31 @@ def run_trial(
         runtime.emit(event)
 
     timeout_s = runtime.campaign.file.budget.trial_timeout_s
-    result = runtime.trainer.run(TrialRequest(config, seed, split, timeout_s), report)
-    with runtime.writing() as writer:
-        config_id = writer.config(config)
-        runtime.trials.pop((config_id, split), None)
-        runtime.own_trials.clear()
-        writer.trial(
-            NewTrial(
-                attempt_id=None if attempt is None else attempt.id,
-                purpose=purpose,
-                config_id=config_id,
-                trainer_hash=runtime.trainer_hash,
-                environment_hash=runtime.environment_hash,
-                split=split,
-                seed=seed,
-                replicate=replicate,
-                result=result,
-            )
-        )
+    began = clock.time()
+    try:
+        with runtime.waiting():
+            result = runtime.trainer.run(TrialRequest(config, seed, split, timeout_s), report)
+    except (PauseRequested, BudgetSpent) as ended:
+        reason = ended.reason if isinstance(ended, BudgetSpent) else runtime.switch.reason or "a pause"
+        wall_s = clock.time() - began
+        dropped = TrialDropped(campaign=name, iteration=iteration, purpose=purpose, reason=reason, wall_s=wall_s)
+        runtime.emit(dropped)
+        raise
+    finally:
+        runtime.trial_ends_by = None
+    new = NewTrial(
+        attempt_id=None if attempt is None else attempt.id,
+        purpose=purpose,
+        config_id=digest(config),
+        trainer_hash=runtime.trainer_hash,
+        environment_hash=runtime.environment_hash,
+        split=split,
+        seed=seed,
+        replicate=replicate,
+        result=result,
+    )
+    _tell_faults(runtime, result, iteration)
+    _commit(runtime, config, new)
     runtime.emit(
         TrialFinished(
             campaign=name,
@@ -114,6 +125,32 @@ def run_trial(
         )
     )
     return result
+
+
+def _commit(runtime: Runtime, config: Config, new: NewTrial) -> None:
+    """Store a trial, waiting for the disk where it must: what was measured is not measured again."""
+    while True:
+        try:
+            with runtime.writing() as writer:
+                writer.config(config)
+                writer.trial(new)
+        except StorageFaultError as error:
+            runtime.faults.hold("storage", error)
+            continue
+        runtime.trials.pop((new.config_id, new.split), None)
+        runtime.own_trials.clear()
+        return
+
+
+def _tell_faults(runtime: Runtime, result: TrialResult, iteration: int | None) -> None:
+    """Record what went wrong with the machine rather than with the candidate, or that it works again."""
+    if result.failure == "oom":
+        runtime.faults.noted("out_of_memory", last_line(result.trace), iteration=iteration)
+    elif result.failure == "harness":
+        runtime.faults.noted("worker", last_line(result.trace), iteration=iteration)
+    elif result.metric is not None:
+        runtime.has_measured = True
+        runtime.faults.over("trainer")
 
 
 def stored_trials(runtime: Runtime, state: CampaignState, config_id: str, *, split: Split = "val") -> Sequence[Trial]:
@@ -141,6 +178,8 @@ class Standing:
     """The seed to measure next, or None when nothing more is needed."""
     failure: FailureClass | None = None
     trace: str = ""
+    aside: Purpose | None = None
+    """`audit` or `duel`: the next trial is one that no decision looks at."""
 
 
 def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standing:
@@ -149,12 +188,12 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     assert attempt.baseline_config_id is not None
     trials = _own_trials(runtime, attempt)
     baseline_trials = stored_trials(runtime, state, attempt.baseline_config_id)
-    own, baseline = series_of(_looks(trials)), series_of(_looks(baseline_trials))
+    own, baseline = series_of(looks(trials)), series_of(looks(baseline_trials))
     if own.failure is not None:
         return Standing(None, own, baseline, None, own.failure.failure, own.failure.trace or "")
     settings = runtime.campaign.decision
     # What this attempt itself adds to the baseline must not change the order that it began with.
-    before = sorted(series_of(_looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
+    before = sorted(series_of(looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
     order = seed_order(before or calibration_seeds(runtime), attempt.iteration, settings.max_trials)
     noise = runtime.noise(state)
     kind = state.trainer_kind or "noisy"
@@ -162,8 +201,11 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     if verdict.action == "measure":
         return Standing(verdict, own, baseline, verdict.seed)
     if attempt.audit and settings.rule == "confirmed":
-        return Standing(verdict, own, baseline, _next_audit(series_of(trials), series_of(baseline_trials)))
-    return Standing(verdict, own, baseline, None)
+        seed = _next_audit(series_of(trials), series_of(baseline_trials))
+        if seed is not None:
+            return Standing(verdict, own, baseline, seed, aside="audit")
+    seed = _next_of_duel(runtime, state, attempt, [*baseline_trials, *trials])
+    return Standing(verdict, own, baseline, seed, aside=None if seed is None else "duel")
 
 
 def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
@@ -176,9 +218,9 @@ def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
     return runtime.own_trials[attempt.id]
 
 
-def _looks(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that decisions look at: all but the audits'."""
-    return [trial for trial in trials if trial.seed not in AUDIT_SEEDS]
+def looks(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that decisions look at: all but the audits' and the duels'."""
+    return [trial for trial in trials if trial.seed not in AUDIT_SEEDS and trial.purpose != "duel"]
 
 
 def _next_audit(own: Series, baseline: Series) -> int | None:
@@ -186,6 +228,22 @@ def _next_audit(own: Series, baseline: Series) -> int | None:
     if own.failure or baseline.failure:
         return None
     return next((s for s in AUDIT_SEEDS if s not in own.metrics or s not in baseline.metrics), None)
+
+
+def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, trials: Sequence[Trial]) -> int | None:
+    """Return the duel's seed while baseline or candidate lack it; a side that failed on it is over."""
+    if attempt.role not in DUEL_ROLES or attempt.try_no > 1:
+        return None
+    duel = runtime.store.last_duel(state.id)
+    if duel is None or attempt.id not in (duel.champion_attempt_id, duel.challenger_attempt_id):
+        return None
+    of_config = {
+        config_id: series_of([t for t in trials if t.seed == duel.seed and t.config_id == config_id])
+        for config_id in (attempt.baseline_config_id, attempt.config_id)
+    }
+    if any(series.failure for series in of_config.values()):
+        return None
+    return duel.seed if any(duel.seed not in series.metrics for series in of_config.values()) else None
 
 
 def calibration_seeds(runtime: Runtime) -> list[int]:
@@ -216,14 +274,13 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
     assert attempt.baseline_config_id is not None
     seed = now.next_seed
     assert seed is not None
-    audit = seed in AUDIT_SEEDS
     baseline = series_of(stored_trials(runtime, state, attempt.baseline_config_id))
     if seed not in baseline.metrics:
         config_id, series = attempt.baseline_config_id, baseline
-        purpose: Purpose = "audit" if audit else "baseline"
+        purpose: Purpose = now.aside or "baseline"
     else:
         config_id, series = attempt.config_id, series_of(_own_trials(runtime, attempt))
-        purpose = "audit" if audit else "confirmation" if now.candidate.metrics else "screening"
+        purpose = now.aside or ("confirmation" if now.candidate.metrics else "screening")
     result = run_trial(
         runtime,
         runtime.store.config_of(config_id),
@@ -235,7 +292,7 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
         of=of,
     )
     first_harness = result.failure == "harness" and seed not in series.last_replicate
-    if result.failure is not None and config_id == attempt.baseline_config_id and not audit and not first_harness:
+    if result.failure is not None and config_id == attempt.baseline_config_id and now.aside is None and not first_harness:
         raise TrainerError(
             f"campaign `{runtime.name}`: the baseline failed ({result.failure}) on seed {seed}, though it ran before: "
             f"{last_line(result.trace)}; free what it needs and run again to go on"

@@ -11,14 +11,16 @@ from typing import TypedDict
 
 from overnight.agent import calibrate as calibration
 from overnight.agent import finish as finishing
+from overnight.agent.budget import stop_reason
 from overnight.agent.events import Accepted, Blocked, Decided
-from overnight.agent.measure import PauseRequested, Standing, last_line, measure_candidate, standing
+from overnight.agent.measure import Standing, last_line, measure_candidate, standing
 from overnight.agent.propose import propose
 from overnight.agent.runtime import Runtime
-from overnight.agent.state import ASKED, StageName, TurnState, TurnUpdate
+from overnight.agent.signals import PauseRequested
+from overnight.agent.state import ASKED, BudgetSpent, StageName, TurnState, TurnUpdate
 from overnight.rails.gate import check_reply
 from overnight.rails.menu import Change
-from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict, Position
+from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict
 from overnight.store.records import FailureClass, KnobValue, Outcome
 from overnight.trainer.noise import Spread
 
@@ -38,40 +40,14 @@ def next_stage(runtime: Runtime) -> StageName:
     return position.stage
 
 
-def stop_reason(runtime: Runtime, state: CampaignState, position: Position) -> str | None:
-    """Return which budget is used up before the turn at `position`, or None."""
-    budget, spent = runtime.campaign.file.budget, runtime.store.spent(state.id)
-    done = position.iteration - 1
-    if done >= budget.iterations:
-        return "iterations"
-    if runtime.iterations is not None and done >= runtime.iterations:
-        return ASKED
-    if runtime.until is not None and runtime.clock() >= runtime.until:
-        return ASKED
-    if runtime.deadline is not None and runtime.clock() >= runtime.deadline:
-        return "until"
-    if budget.gpu_hours is not None and spent.trial_hours >= budget.gpu_hours:
-        return "gpu_hours"
-    if budget.energy_kwh is not None and spent.energy_kwh >= budget.energy_kwh:
-        return "energy_kwh"
-    if budget.patience is not None and min(spent.since_keep, done) >= budget.patience:
-        return "patience"
-    return None
-
-
-def is_over(runtime: Runtime, state: CampaignState) -> bool:
-    """Whether a finished campaign's budget still says so: it may have been raised since."""
-    if state.stop_reason == "menu_exhausted":
-        return True
-    return stop_reason(runtime, state, runtime.store.next_stage(state.id)) not in (None, ASKED)
-
-
 def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     """Prepare the trainer, and measure the baseline where the present environment lacks it."""
     try:
         calibration.calibrate(runtime)
     except PauseRequested:
         return {"stage": "done", "stop_reason": "paused"}
+    except BudgetSpent as spent:
+        return {"stage": "finish", "stop_reason": spent.reason}
     stage = next_stage(runtime)
     return {"stage": stage, "stop_reason": ASKED} if stage == "done" else {"stage": stage}
 
@@ -136,6 +112,8 @@ def train(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         measure_candidate(runtime, campaign, attempt)
     except PauseRequested:
         return {"stage": "done", "attempt_id": attempt.id, "stop_reason": "paused"}
+    except BudgetSpent as spent:  # the candidate keeps its trials and waits for a budget that reaches
+        return {"stage": "finish", "attempt_id": attempt.id, "stop_reason": spent.reason}
     with runtime.writing() as writer:
         writer.trained(attempt.id)
     return {"stage": "validate", "attempt_id": attempt.id}

@@ -9,6 +9,7 @@ from overnight.agent.events import GridRefined, ProposalFailed, TurnStarted
 from overnight.agent.measure import series_of, stored_trials
 from overnight.agent.proposers.protocol import Answer, Ask, Observation
 from overnight.agent.runtime import Runtime
+from overnight.agent.signals import PauseRequested
 from overnight.agent.state import TurnState, TurnUpdate
 from overnight.agent.turns import (
     Turn,
@@ -19,7 +20,7 @@ from overnight.agent.turns import (
     request_reply,
     turn_prompt,
 )
-from overnight.store.errors import ProposerError
+from overnight.store.errors import CampaignError, ProposerError
 from overnight.store.protocol import CampaignState, NewAttempt, Position
 from overnight.store.tables import utc_now
 
@@ -66,7 +67,10 @@ def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Tu
     runtime.emit(TurnStarted(campaign=runtime.name, **where, proposer=name, role=turn.role))
     started, answer, failed = utc_now(), None, None
     try:
-        answer = _answer(turn, ask)
+        with runtime.waiting():
+            answer = _answer(runtime, turn, ask)
+    except PauseRequested:  # the question is put again at the next run
+        return {"stage": "done", "stop_reason": "paused"}
     except ProposerError as error:
         failed = error
     assert campaign.baseline_config_id is not None
@@ -99,10 +103,30 @@ def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Tu
     return {"stage": "propose", "attempt_id": attempt_id}
 
 
-def _answer(turn: Turn, ask: Ask) -> Answer:
+def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:
+    """Return the answer, and record when a proposer begins to fail and when it answers again.
+
+    Raises:
+        ProposerError: no answer. A proposer that answered before and now cannot be used is as good as away.
+        CampaignError: one that never answered cannot be used.
+    """
     if turn.request is not None:
         return Answer(reply=request_reply(turn.request[1]), latency_s=0.0, settings={"requested": True})
-    return turn.proposer.propose(ask)
+    name = turn.proposer.name
+    fault = f"proposer:{name}"
+    try:
+        answer = turn.proposer.propose(ask)
+    except ProposerError as error:
+        runtime.faults.began(fault, str(error), iteration=ask.iteration)
+        raise
+    except CampaignError as error:
+        if name not in runtime.answered:
+            raise
+        runtime.faults.began(fault, str(error), iteration=ask.iteration)
+        raise ProposerError(str(error), failure="llm_error") from error
+    runtime.answered.add(name)
+    runtime.faults.over(fault)
+    return answer
 
 
 def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
@@ -110,9 +134,9 @@ def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
     if campaign.refinement > 0:
         return {"stage": "finish", "stop_reason": "menu_exhausted"}
     refinement = campaign.refinement + 1
-    runtime.emit(GridRefined(campaign=runtime.name, refinement=refinement))
     with runtime.writing(changes_campaign=True) as writer:
         writer.refined(refinement)
+        runtime.emit(GridRefined(campaign=runtime.name, refinement=refinement))
     return {"stage": "propose"}
 
 

@@ -7,26 +7,26 @@ committed is never lost, so stopping the process at any moment is safe.
 from __future__ import annotations
 
 import os
-import signal
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import platformdirs
 
 from overnight.agent.campaign import Campaign, frozen_part
-from overnight.agent.events import Hooks, Paused, RunStarted
+from overnight.agent.checkpoints import checkpointer
+from overnight.agent.deadline import deadline_of
+from overnight.agent.events import Hooks, Paused, RunStarted, Stopped
 from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
+from overnight.agent.signals import Interrupted, PauseRequested, PauseSwitch
 from overnight.rails.gate import Rail
 from overnight.rails.registry import RailContext, build_rails
-from overnight.store.errors import CampaignError
+from overnight.store import clock
+from overnight.store.errors import CampaignError, LeaseLostError, StorageFaultError, StoreError, TrainerError
 from overnight.store.protocol import TrajectoryStore
 from overnight.store.records import TrainerInfo
 from overnight.trainer.protocol import Trainer, TrainerContext
@@ -36,38 +36,14 @@ from overnight.trainer.worker import WorkerTrainer
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
     from langgraph.checkpoint.base import BaseCheckpointSaver
-    from langgraph.checkpoint.sqlite import SqliteSaver
+    from langgraph.graph.state import CompiledStateGraph
 
-ABORT_AFTER = 2
-"""A second signal ends the process at once: what was committed is there."""
+    from overnight.agent.state import TurnInput, TurnOutput, TurnState
 
-
-@dataclass
-class PauseSwitch:
-    """Collects reasons to pause: signals, and requests from other processes."""
-
-    reason: str | None = None
-    signals: int = 0
-    on_signal: Callable[[str], None] = field(default=lambda _name: None)
-
-    def receive(self, number: int, _frame: FrameType | None) -> None:
-        """Handle SIGINT or SIGTERM: pause after the current trial; a second one ends the process."""
-        self.signals += 1
-        name = signal.Signals(number).name
-        if self.signals >= ABORT_AFTER:
-            raise KeyboardInterrupt
-        self.reason = name
-        self.on_signal(name)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle signals inside the block, and put the old handlers back after it."""
-        before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+T = TypeVar("T")
+MAX_REASON = 500
+HARNESS_IN_A_ROW = 3
+"""After so many candidates in a row that the harness lost, the harness is at fault: it is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +96,7 @@ def open_runtime(
         proposers=proposers if proposers is not None else proposers_of(campaign),
         extra_rails=[*rails_of(campaign), *rails],
         hooks=hooks,
+        deadline=deadline_of(campaign, store, clock.time()),
         free_memory=trainer.free_memory if isinstance(trainer, WorkerTrainer) else lambda: None,
     )
     heartbeat.runtime = runtime
@@ -203,15 +180,8 @@ def check_frozen(campaign: Campaign, store: TrajectoryStore) -> None:
     )
 
 
-def next_until(text: str, now: datetime) -> datetime:
-    """Return the next local time `HH:MM` after `now`."""
-    hour, minute = map(int, text.split(":"))
-    at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
-    return at if at > now else at + timedelta(days=1)
-
-
 def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: PauseSwitch | None = None) -> RunResult:
-    """Run turns until the campaign ends or pauses.
+    """Run turns until the campaign ends or pauses; what fails outside once it has measured something is waited out.
 
     Args:
         runtime: the campaign with its parts; closed by the caller.
@@ -220,14 +190,17 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
 
     Raises:
         LeaseHeldError: another process runs the campaign.
-        CampaignError, TrainerError, StoreError: as the nodes do; the position is kept.
+        LeaseLostError: another process took it over; nothing more was written from here.
+        CampaignError, TrainerError, StoreError: as the nodes do; the position is kept, and why it stopped.
     """
-    from overnight.agent.graph import turn_graph
-    from overnight.agent.nodes import next_stage
-
-    switch = switch or PauseSwitch()
-    runtime.info = prepared(runtime.campaign, runtime.trainer)
-    _start(runtime)
+    runtime.switch = switch = switch or runtime.switch
+    began = clock.time()
+    try:
+        with runtime.waiting():
+            runtime.info = prepared(runtime.campaign, runtime.trainer)
+    except PauseRequested:
+        return _pause(runtime, switch.reason or "SIGTERM")
+    _start(runtime, prepared_s=clock.time() - began)
     campaign_id = runtime.state().id
 
     def pause_wanted() -> str | None:
@@ -236,23 +209,98 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
         return switch.reason
 
     runtime.pause_wanted = pause_wanted
-    with _checkpointer(checkpoints) as saver:
+    try:
+        result = _run_turns(runtime, checkpoints)
+    except (PauseRequested, Interrupted):
+        result = None
+    except LeaseLostError:
+        raise  # the campaign is somebody else's: nothing is written
+    except Exception as error:
+        _record_stop(runtime, error)
+        raise
+    return result or _pause(runtime, switch.reason or "what was asked of this run is done")
+
+
+def _run_turns(runtime: Runtime, checkpoints: Path | None) -> RunResult | None:
+    """Run turns to the campaign's end; None when it is to pause."""
+    from overnight.agent.graph import turn_graph
+
+    with checkpointer(checkpoints) as saver:
         graph = turn_graph(runtime).compile(checkpointer=saver)
-        config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
-        while pause_wanted() is None and next_stage(runtime) != "done":
-            if saver is not None:
-                saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
-            output = graph.invoke({"campaign": runtime.name}, config, durability="exit" if saver else None)
+        lost = 0
+        while (output := _waiting_out(runtime, lambda: _turn(runtime, graph, saver))) is not None:
             state = runtime.state()
             if state.status == "finished":
                 return RunResult(state.stop_reason or "iterations", finished=True)
             if output.get("stop_reason") is not None:
-                break
-        return _pause(runtime, switch.reason or "what was asked of this run is done")
+                return None
+            lost = lost + 1 if _was_lost(runtime, output) else 0
+            if lost >= HARNESS_IN_A_ROW:
+                error = TrainerError(f"the last {lost} candidates were all lost by the harness; see `overnight show`")
+                runtime.faults.hold("trainer", error)
+        return None
 
 
-def _start(runtime: Runtime) -> None:
-    runtime.state()
+def _turn(
+    runtime: Runtime,
+    graph: CompiledStateGraph[TurnState, None, TurnInput, TurnOutput],
+    saver: BaseCheckpointSaver[str] | None,
+) -> TurnOutput | None:
+    """Run one turn, or what is left of one; None when there is none to run."""
+    from overnight.agent.nodes import next_stage
+
+    if runtime.switch.take_hangup():
+        runtime.faults.noted("terminal", "the terminal closed; the campaign goes on without it")
+    if runtime.pause_wanted() is not None or next_stage(runtime) == "done":
+        return None
+    config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
+    if saver is not None:
+        saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
+    output = graph.invoke({"campaign": runtime.name}, config, durability="exit" if saver else None)
+    return cast("TurnOutput", output)
+
+
+def _waiting_out(runtime: Runtime, step: Callable[[], T]) -> T:
+    """Do a step, as often as it takes: what was not committed is done again, what was is found in the store."""
+    while True:
+        try:
+            return step()
+        except StorageFaultError as error:
+            runtime.faults.hold("storage", error)
+        except TrainerError as error:
+            if not runtime.has_measured:
+                raise  # it never worked: somebody who has just started it should hear of it
+            runtime.faults.hold("trainer", error)
+
+
+def _was_lost(runtime: Runtime, output: TurnOutput) -> bool:
+    attempt_id = output.get("attempt_id")
+    if output.get("outcome") != "failed" or attempt_id is None:
+        return False
+    return runtime.store.attempt(attempt_id).failure == "harness"
+
+
+def go_on(runtime: Runtime) -> None:
+    """Open the campaign inside a host's graph: prepare the trainer, and record that this process runs it now.
+
+    Raises:
+        LeaseHeldError: another process runs the campaign.
+        CampaignError, TrainerError: it cannot be run here.
+    """
+    runtime.info = runtime.info or prepared(runtime.campaign, runtime.trainer)
+    _start(runtime)
+    campaign_id = runtime.state().id
+    asked = "asked by `overnight pause`"
+    runtime.pause_wanted = lambda: asked if runtime.store.pause_requested(campaign_id) else None
+
+
+def stand_still(runtime: Runtime) -> None:
+    """Record that a host's graph paused because somebody asked for it; its next invocation goes on."""
+    _pause(runtime, runtime.pause_wanted() or "asked for")
+
+
+def _start(runtime: Runtime, *, prepared_s: float = 0.0) -> None:
+    before = runtime.state()
     with runtime.writing(changes_campaign=True) as writer:
         writer.status("running")
     # Only the one writer records a file that changed.
@@ -265,49 +313,34 @@ def _start(runtime: Runtime) -> None:
         knobs_on_menu=len(campaign.menu.knobs),
     )
     position = runtime.store.next_stage(runtime.state().id)
-    budget = campaign.file.budget.iterations
-    runtime.emit(RunStarted(campaign=runtime.name, iteration=position.iteration, budget=budget, pid=os.getpid()))
     with runtime.writing(changes_campaign=True):
-        pass  # the event alone
+        runtime.emit(
+            RunStarted(
+                campaign=runtime.name,
+                iteration=position.iteration,
+                budget=campaign.file.budget.iterations,
+                pid=os.getpid(),
+                until=campaign.file.budget.until,
+                deadline=None if runtime.deadline is None else clock.utc_text(runtime.deadline),
+                prepared_s=prepared_s,
+                last_seen=before.lease_seen_at if before.status == "running" else None,
+            )
+        )
 
 
 def _pause(runtime: Runtime, reason: str) -> RunResult:
     position = runtime.store.next_stage(runtime.state().id)
-    runtime.emit(Paused(campaign=runtime.name, iteration=position.iteration, reason=reason))
     with runtime.writing(changes_campaign=True) as writer:
         writer.status("paused", reason)
+        runtime.emit(Paused(campaign=runtime.name, iteration=position.iteration, reason=reason))
     return RunResult("paused", finished=False)
 
 
-@contextmanager
-def _checkpointer(path: Path | None) -> Iterator[BaseCheckpointSaver[str] | None]:
-    """Open the checkpoint file; without a usable one the run goes on, since only the store knows the position."""
-    saver = None if path is None else _open_checkpoints(path)
-    try:
-        yield saver
-    finally:
-        if saver is not None:
-            saver.conn.close()
-
-
-def _open_checkpoints(path: Path) -> SqliteSaver | None:
-    """Return a saver on the file, made anew where it is no database; None where even that cannot be."""
-    from langgraph.checkpoint.sqlite import SqliteSaver
-
-    for _ in range(2):
-        connection = None
-        try:
-            connection = sqlite3.connect(path, check_same_thread=False)
-            # What is lost with the power is made again from the store, so nothing waits for the disk here.
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = OFF")
-            saver = SqliteSaver(connection)
-            saver.setup()
-            return saver
-        except sqlite3.Error as error:
-            if connection is not None:
-                connection.close()
-            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_NOTADB:
-                return None
-            path.unlink()
-    return None
+def _record_stop(runtime: Runtime, error: Exception) -> None:
+    """Say in the store why the campaign stopped, where that can still be written."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]
+    with suppress(StoreError):
+        position = runtime.store.next_stage(runtime.state().id)
+        with runtime.writing(changes_campaign=True) as writer:
+            writer.status("paused", f"stopped by a fault: {reason}")
+            runtime.emit(Stopped(campaign=runtime.name, iteration=position.iteration, reason=reason))

@@ -10,23 +10,30 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from overnight.agent.campaign import Campaign
 from overnight.agent.events import Event, EventBuffer, EventStream, Hooks
+from overnight.agent.faults import FaultLog
 from overnight.agent.proposers.protocol import Proposer
+from overnight.agent.signals import PauseRequested, PauseSwitch
+from overnight.agent.state import BudgetSpent
 from overnight.rails.capability import CapabilityRail
 from overnight.rails.gate import NoveltyRail, Rail
 from overnight.rails.menu import Menu
-from overnight.store.errors import CampaignError
+from overnight.store import clock
+from overnight.store.errors import CampaignError, StorageFaultError
 from overnight.store.hashing import digest
 from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore, Trial
 from overnight.store.records import Config, Split, TrainerInfo
 from overnight.store.writer import trainer_hash
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 from overnight.trainer.protocol import Trainer
+
+if TYPE_CHECKING:
+    from overnight.agent.contest import Stood
 
 T = TypeVar("T")
 RENEW_EVERY_S = 20.0
@@ -47,13 +54,21 @@ class Runtime:
     """Bytes that a trial may take now, or None where nobody can tell."""
     pause_wanted: Callable[[], str | None] = lambda: None
     """Why the campaign should pause before its next trial, or None."""
-    clock: Callable[[], float] = time.time
+    switch: PauseSwitch = field(default_factory=PauseSwitch)
+    """Hears signals, where the process that runs the campaign listens for them."""
+    clock: Callable[[], float] = clock.time
     deadline: float | None = None
     """When `budget.until` comes, in seconds since the epoch."""
     iterations: int | None = None
     """Pause after this many turns in all, if that is before the budget's end."""
     until: float | None = None
     """Pause at this time, in seconds since the epoch."""
+    trial_ends_by: float | None = None
+    """When the trial under way is dropped, so that what has to follow fits before the deadline."""
+    has_measured: bool = False
+    """Whether a trial of this process measured something: what fails later than that is waited out."""
+    answered: set[str] = field(default_factory=set)
+    """The proposers that have answered in this process."""
     info: TrainerInfo | None = None
     """The prepared trainer; set by the `calibrate` node."""
     lease: Lease | None = None
@@ -63,6 +78,12 @@ class Runtime:
     """The baseline's trials as last read; the one writer of a campaign knows when they change."""
     own_trials: dict[int, Sequence[Trial]] = field(default_factory=dict)
     """The candidate's trials as last read, by attempt."""
+    stood: Stood | None = None
+    """Who stands where, as last read (`overnight.agent.contest`)."""
+    versions: dict[tuple[str, str], Proposer] = field(default_factory=dict)
+    """Students with their adapters, by name and version."""
+    deferred: set[int] = field(default_factory=set)
+    """Challengers about whom this process asked a person without getting an answer."""
     _state: CampaignState | None = None
     _noise: Noise | None = None
     _noise_known: bool = False
@@ -71,6 +92,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.events = EventStream([self._buffer, *self.hooks])
+        self.faults = FaultLog(self)
 
     @property
     def name(self) -> str:
@@ -101,13 +123,16 @@ class Runtime:
     def writing(self, *, changes_campaign: bool = False, changes_noise: bool = False) -> Iterator[StoreWriter]:
         """One transaction under the lease, taken if this process has not got it; waiting events go with it.
 
+        An event emitted inside is committed with what it says, or not at all.
+
         `changes_campaign` and `changes_noise` say what has to be read again after it.
         """
         lease = self.lease or self._acquire()
-        with self.store.writing(lease) as writer:
+        with self._buffer.transaction(), self.store.writing(lease) as writer:
             yield writer
-            for kind, payload, iteration in self._buffer.take():
-                writer.event(kind, payload, iteration=iteration)
+            for event in self._buffer.waiting():
+                writer.event(event.kind, event.payload, iteration=event.iteration, at=event.at)
+        self.faults.over("storage")
         if changes_campaign:
             self._state = None
         if changes_noise:
@@ -117,21 +142,57 @@ class Runtime:
         self.lease = self.store.acquire(self.state().id)
         return self.lease
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a trial, an answer or a hold: SIGTERM ends it at once.
+
+        Raises:
+            PauseRequested: it did.
+        """
+        return self.switch.waiting()
+
     def idle(self) -> None:
-        """Called about every second while a trial runs: shows that this writer is alive."""
+        """Called about every second while a trial runs: shows that this writer is alive, and ends what must end.
+
+        Raises:
+            PauseRequested: SIGTERM came.
+            BudgetSpent: the trial under way would take the time that the end of the campaign needs.
+            LeaseLostError: another process took the lease.
+        """
+        if self.switch.urgent:
+            raise PauseRequested
+        if self.trial_ends_by is not None and self.clock() >= self.trial_ends_by:
+            raise BudgetSpent("until")
+        self.renew()
+
+    def renew(self) -> None:
+        """Show that this writer is alive, every 20 s; a disk that refuses it is the next write's concern."""
         now = time.monotonic()
-        if self.lease is not None and now - self._renewed_at > RENEW_EVERY_S:
+        if self.lease is None or now - self._renewed_at <= RENEW_EVERY_S:
+            return
+        with suppress(StorageFaultError):
             self.store.renew(self.lease)
-            self._renewed_at = now
+        self._renewed_at = now
+
+    def rest(self) -> None:
+        """Give the lease back between turns, and forget what only its holder may rely on."""
+        lease, self.lease = self.lease, None
+        self._state, self._noise_known = None, False
+        self.trials.clear()
+        self.own_trials.clear()
+        if lease is not None:
+            self.store.release(lease)
 
     def close(self) -> None:
         """Give the lease back and close what was opened."""
-        if self.lease is not None:
-            self.store.release(self.lease)
-            self.lease = None
-        self.trainer.close()
-        for proposer in self.proposers.values():
-            proposer.close()
+        try:
+            if self.lease is not None:
+                with suppress(StorageFaultError):  # the lease of a process that ended is free all the same
+                    self.store.release(self.lease)
+                self.lease = None
+        finally:
+            self.trainer.close()
+            for proposer in self.proposers.values():
+                proposer.close()
 
     def draw_seed(self, purpose: str, iteration: int, try_no: int = 0) -> int:
         """Return the seed of one random draw: fixed by the campaign's seed, the turn, the try and what it is for."""

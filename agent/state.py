@@ -12,6 +12,14 @@ keeps its holdout."""
 StageName = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "done"]
 
 
+class BudgetSpent(Exception):
+    """A budget ends before what comes next would be over."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class TurnInput(TypedDict):
     """What the graph is invoked with."""
 

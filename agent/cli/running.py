@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import click
@@ -22,6 +21,7 @@ from overnight.agent.cli.options import (
     print_rows,
     shown_db,
 )
+from overnight.store import clock
 from overnight.store.errors import InputError
 from overnight.store.lease import is_alive
 from overnight.store.protocol import CampaignState
@@ -39,9 +39,11 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
 
     Ctrl-C pauses after the current trial; a second one stops at once. Either way nothing that was measured is lost.
     """
+    from overnight.agent.budget import is_over
     from overnight.agent.cli.progress import progress_hook
-    from overnight.agent.nodes import is_over
-    from overnight.agent.run import PauseSwitch, next_until, open_runtime, run_campaign
+    from overnight.agent.deadline import next_until
+    from overnight.agent.run import open_runtime, run_campaign
+    from overnight.agent.signals import PauseSwitch
 
     loaded = load_campaign(campaign)
     if until is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", until):
@@ -55,9 +57,7 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
         switch = PauseSwitch(on_signal=hook.on_signal)
         runtime = open_runtime(loaded, store, hooks=[hook])
         runtime.iterations = iterations
-        runtime.until = None if until is None else next_until(until, datetime.now()).timestamp()
-        at = loaded.file.budget.until
-        runtime.deadline = None if at is None else next_until(at, datetime.now()).timestamp()
+        runtime.until = None if until is None else next_until(until, clock.time())
         try:
             state = store.campaign(loaded.name)
             if state is not None and state.status == "finished" and is_over(runtime, state):

@@ -12,7 +12,8 @@ import pytest
 from overnight.agent import events
 from overnight.agent.decide import AUDIT_SEEDS
 from overnight.agent.proposers.protocol import Ask
-from overnight.agent.run import PauseSwitch, run_campaign
+from overnight.agent.run import run_campaign
+from overnight.agent.signals import PauseSwitch
 from overnight.store.errors import CampaignError, ProposerError, TrainerError
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
