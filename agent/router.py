@@ -22,7 +22,9 @@ DISTINCT_SHARE = 0.5
 ENTROPY_SHARE = 0.5
 """The entropy of its answers is at least this share of the champion's."""
 MODE_CAP = 0.5
-"""Its most frequent answer makes at most this share of its answers, or the champion's own share where that is more."""
+"""Its most frequent answer makes at most this share of its answers, or the champion's own share where that is more,"""
+MODE_CAP_MOST = 0.9
+"""but never more than this: one answer whatever the prompt is a collapse whoever else collapsed."""
 PROBATION_TURNS = 40
 """Turns after a promotion during which the promoted student alternates with its predecessor."""
 LEAD = 1.5
@@ -117,7 +119,7 @@ def check_gate(challenger: Look | None, champion: Look | None, *, max_latency_s:
 
 
 def _collapse(challenger: Look, champion: Look | None) -> list[str]:
-    cap = max(MODE_CAP, champion.mode_share if champion else 0.0)
+    cap = min(max(MODE_CAP, champion.mode_share if champion else 0.0), MODE_CAP_MOST)
     failures = []
     if challenger.mode is not None and challenger.items > 1 and challenger.mode_share > cap:
         knob, value = challenger.mode
@@ -209,9 +211,9 @@ Turn = Literal["duel", "predecessor", "champion"]
 def probation_turn(since: int) -> Turn:
     """Whose turn it is `since` turns after a promotion (1 is the first turn after it).
 
-    Through `PROBATION_TURNS` the promoted student alternates with its predecessor. The student's turns (the odd ones)
-    are duels with the predecessor, the others are the predecessor's alone; later the turn is the champion's, and duels
-    with the predecessor come at `explore`.
+    Through `PROBATION_TURNS` the promoted student alternates with its predecessor: a duel between the two begins on the
+    odd turns, the even ones are the predecessor's, as the duel's other side or alone. Later the turn is the champion's,
+    and duels with the predecessor come at `explore`.
     """
     if since < 1:
         raise ValueError(f"turns after a promotion are counted from 1, got {since}")
@@ -236,7 +238,7 @@ def route_predecessor(reversed_evidence: Evidence) -> Route:
 def keeps_place(evidence: Evidence) -> bool:
     """Whether a challenger goes on duelling although a newer version has been trained.
 
-    A newer version starts from no evidence with a smaller share of alpha, and 25 turns bring about six duels, too few
+    A newer version starts from no evidence with a smaller share of alpha, and 25 turns bring about five duels, too few
     for any test that holds its level; so a challenger in the lead keeps its place until it is promoted or falls back,
     and versions that never duelled are not counted in `share`. When to replace it depends on past duels alone, so each
     e-process stays valid (benchmarks/promotion.md has what this gains).
