@@ -6,11 +6,13 @@ position is the store's, never the checkpoint's.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Send
 
 from overnight.agent import nodes as stages
 from overnight.agent.campaign import Campaign
@@ -19,43 +21,102 @@ from overnight.agent.proposers.protocol import Proposer
 from overnight.agent.run import open_runtime
 from overnight.agent.runtime import Runtime
 from overnight.agent.state import StageName, TurnInput, TurnOutput, TurnState, TurnUpdate
+from overnight.agent.visiting import Visitor
 from overnight.rails.gate import Rail
 from overnight.store.errors import InputError
 from overnight.store.protocol import TrajectoryStore
+from overnight.trainer.function import Objective
 from overnight.trainer.protocol import Trainer
 
-NODES = ("calibrate", "propose", "check_rails", "train", "validate", "decide", "finish")
+NODES: tuple[StageName, ...] = ("calibrate", "propose", "check_rails", "train", "validate", "decide", "finish")
 Route = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "__end__"]
+ROUTES: Mapping[StageName, Sequence[StageName]] = {
+    "calibrate": NODES[1:],
+    "propose": ("propose", "check_rails", "finish"),
+    "check_rails": ("propose", "train", "finish"),
+    "train": ("validate", "finish"),
+    "validate": ("decide",),
+    "decide": ("finish",),
+    "finish": (),
+}
+"""Where each node may go besides the end of the turn: the drawn edges."""
+ALWAYS: Mapping[StageName, str] = {"validate": "decide", "finish": END}
+"""Nodes with one way on."""
+
+
+BEFORE: Mapping[StageName, StageName] = {
+    "check_rails": "propose",
+    "train": "check_rails",
+    "validate": "train",
+    "decide": "validate",
+}
+"""The node whose work a stage waits for."""
+GOES_ON: Mapping[StageName, StageName] = {"propose": "check_rails", "train": "validate"}
+"""Where these nodes go when they have done their work: only then a host's node after them runs."""
 
 
 class CustomNode(Protocol):
-    """A node of the host's own."""
+    """A node of the host's own, ordinary or `async`; anything else that LangGraph takes for a node works too."""
 
-    def __call__(self, state: TurnState) -> TurnUpdate:
-        """Take the graph's state, return what changes in it."""
+    def __call__(self, state: TurnState) -> TurnUpdate | Awaitable[TurnUpdate]:
+        """Take the graph's state, return what changes in it.
+
+        `state["attempt_id"]` is the attempt in hand (`store.attempt(...)` has all of it). After `propose`, a `veto` in
+        the update blocks the try: its text is recorded, and the proposer reads it before it tries again. What it
+        raises goes to whoever invoked the graph; the next invocation comes to this node again.
+        """
         ...
 
 
+class TurnGraph(StateGraph[TurnState, None, TurnInput, TurnOutput]):
+    """The uncompiled graph of one turn, with what it runs on: a context manager, closed at the latest when it goes.
+
+    Closing ends the trial worker and the proposers, and gives the campaign's lease back, which a turn only holds while
+    it runs. What was compiled from a closed graph raises an `InputError`.
+    """
+
+    def __init__(self, visitor: Visitor) -> None:
+        super().__init__(TurnState, input_schema=TurnInput, output_schema=TurnOutput)
+        self._visitor = visitor
+        if visitor.embedded:  # compiled graphs keep this one alive, and nothing else does
+            weakref.finalize(self, visitor.close)
+
+    def close(self) -> None:
+        """Close it now; calling it again costs nothing."""
+        self._visitor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 def turn_graph(
-    runtime: Runtime, custom: Mapping[str, CustomNode] | None = None
-) -> StateGraph[TurnState, None, TurnInput, TurnOutput]:
-    """Wire the graph over a runtime; `custom` maps `after:<node>` to a node of the host's own.
+    runtime: Runtime, custom: Mapping[str, CustomNode] | None = None, *, embedded: bool = False
+) -> TurnGraph:
+    """Wire the graph over a runtime, which is closed with it; `custom` maps `after:<node>` to a node of the host's own.
 
     Raises:
         InputError: a custom node names a place that is not there.
     """
-    graph = StateGraph(TurnState, input_schema=TurnInput, output_schema=TurnOutput)
-    exits = _custom_nodes(graph, custom or {})
+    visitor = Visitor(runtime, embedded=embedded)
+    graph = TurnGraph(visitor)
+    after = _places(custom or {})
     for name in NODES:
-        graph.add_node(name, partial(getattr(stages, name), runtime))
-    graph.add_conditional_edges(START, partial(_enter, runtime), _ends(*NODES))
-    graph.add_conditional_edges(exits["calibrate"], _follow, _ends(*NODES[1:]))
-    graph.add_conditional_edges(exits["propose"], _follow, _ends("propose", "check_rails", "finish"))
-    graph.add_conditional_edges(exits["check_rails"], _follow, _ends("propose", "train", "finish"))
-    graph.add_conditional_edges(exits["train"], _follow, _ends("validate", "finish"))
-    graph.add_edge(exits["validate"], "decide")
-    graph.add_conditional_edges(exits["decide"], _follow, _ends("finish"))
-    graph.add_edge(exits["finish"], END)
+        graph.add_node(name, partial(visitor.visit, name, getattr(stages, name), name in after))
+    graph.add_conditional_edges(START, partial(_enter, visitor, frozenset(after)), _ends(*NODES))
+    for name, ends in ROUTES.items():
+        source: str = name
+        if name in after:
+            source = f"after_{name}"
+            graph.add_node(source, after[name])
+            graph.add_conditional_edges(name, partial(_divert, name, ends), {source: source, **_ends(*ends)})
+        route = partial(_follow, frozenset(after) if name == "calibrate" else frozenset(), ends)
+        if name in ALWAYS:
+            graph.add_edge(source, ALWAYS[name])
+        else:
+            graph.add_conditional_edges(source, route, _ends(*ends))
     return graph
 
 
@@ -63,18 +124,22 @@ def build_graph(
     campaign: Campaign,
     *,
     store: TrajectoryStore,
-    trainer: Trainer | None = None,
+    trainer: Trainer | Objective | None = None,
     proposers: Mapping[str, Proposer] | None = None,
     rails: Sequence[Rail] = (),
     hooks: Sequence[Hooks] = (),
     nodes: Mapping[str, CustomNode] | None = None,
-) -> StateGraph[TurnState, None, TurnInput, TurnOutput]:
+) -> TurnGraph:
     """Return the uncompiled graph of one turn, usable as a subgraph with the host's own checkpointer or none.
 
+    Input is `{"campaign": name}`, output `{"attempt_id", "outcome", "best", "stop_reason"}`: a `stop_reason` says that
+    there is nothing more to do (`iterations`, `menu_exhausted`, ...) or that somebody `paused` it.
+
     Args:
-        campaign: what `load_campaign` gave.
-        store: the trajectory store; the lease is taken at the first write.
-        trainer: runs trials in this process; None: the campaign's own, in a worker process.
+        campaign: what to run.
+        store: the trajectory store; it stays open when the graph is closed.
+        trainer: runs trials: a `Trainer` in this process, a function `fn(config, seed) -> float` in the trial worker;
+            None: the campaign's own, in the trial worker.
         proposers: by name; None: the campaign's own.
         rails: further rails, after the built-in ones.
         hooks: consumers of the event stream.
@@ -82,37 +147,55 @@ def build_graph(
 
     Raises:
         CampaignError: a setting is wrong, or a key changed that may not change.
-        InputError: `nodes` names a place that is not there.
+        InputError: `nodes` names a place that is not there, or the function does not take (config, seed).
+        NotAllowedError: the campaign file wants something of this machine that nobody has allowed it.
     """
+    _places(nodes or {})
     runtime = open_runtime(campaign, store, trainer=trainer, proposers=proposers, rails=rails, hooks=hooks)
-    return turn_graph(runtime, nodes)
+    return turn_graph(runtime, nodes, embedded=True)
 
 
-def _custom_nodes(
-    graph: StateGraph[TurnState, None, TurnInput, TurnOutput], custom: Mapping[str, CustomNode]
-) -> dict[str, str]:
-    """Add the host's nodes; return the node that each stage's own edges leave from."""
-    exits = {name: name for name in NODES}
+def _places(custom: Mapping[str, CustomNode]) -> dict[StageName, CustomNode]:
+    """Return the host's nodes by the node that they come after."""
+    found: dict[StageName, CustomNode] = {}
     for place, node in custom.items():
         where, _, after = place.partition(":")
-        if where != "after" or after not in NODES:
-            places = ", ".join(f"`after:{name}`" for name in NODES)
+        name = next((name for name in ROUTES if name == after), None)
+        if where != "after" or name is None:
+            places = ", ".join(f"`after:{name}`" for name in ROUTES)
             raise InputError(f"`nodes`: `{place}` is not a place in the graph; use one of {places}")
-        name = f"after_{after}"
-        graph.add_node(name, node)
-        graph.add_edge(after, name)
-        exits[after] = name
-    return exits
+        found[name] = node
+    return found
 
 
-def _enter(runtime: Runtime, state: TurnState) -> Route:  # noqa: ARG001
+def _enter(visitor: Visitor, after: frozenset[StageName], state: TurnState) -> Route:
     """Go on where the store says."""
-    return _node(stages.next_stage(runtime))
+    visitor.check_open()
+    runtime = visitor.runtime
+    if state["campaign"] != runtime.name:
+        raise InputError(f"this graph runs campaign `{runtime.name}`, not `{state['campaign']}`; build one for that")
+    return _node(_entrance(stages.next_stage(runtime), after))
 
 
-def _follow(state: TurnState) -> Route:
-    """Go where the last node said."""
-    return _node(state["stage"])
+def _entrance(stage: StageName, after: frozenset[StageName]) -> StageName:
+    """Return where to come in for a stage: before a host's node that may not have run; what is before it passes on."""
+    before = BEFORE.get(stage)
+    return before if before is not None and before in after else stage
+
+
+def _divert(name: StageName, ends: Sequence[StageName], state: TurnState) -> str | Send:
+    """Go by the host's node when the node before it has done its work, else on without it."""
+    stage = state["stage"]
+    done = stage == GOES_ON.get(name, stage) and state.get("stop_reason") != "paused"
+    return f"after_{name}" if done else _follow(frozenset(), ends, state)
+
+
+def _follow(after: frozenset[StageName], ends: Sequence[StageName], state: TurnState) -> str | Send:
+    """Go where the last node said: beyond what is drawn only where the store has moved under a checkpoint."""
+    stage = _entrance(state["stage"], after)
+    if stage == "done" or stage in ends:
+        return _node(stage)
+    return Send(stage, {**state})
 
 
 def _node(stage: StageName) -> Route:

@@ -7,6 +7,7 @@ wants to know. Running a node again after a crash writes nothing twice.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TypedDict
 
 from overnight.agent import calibrate as calibration
@@ -23,7 +24,10 @@ from overnight.rails.menu import Change
 from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict
 from overnight.store.records import FailureClass, KnobValue, Outcome
 from overnight.trainer.noise import Spread
+from overnight.trainer.output import cut
 
+VETO = "veto"
+"""What stands in an attempt's `rail` when a node of the host's own was against it."""
 __all__ = ["calibrate", "check_rails", "decide", "finish", "propose", "train", "validate"]
 
 
@@ -52,14 +56,17 @@ def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     return {"stage": stage, "stop_reason": ASKED} if stage == "done" else {"stage": stage}
 
 
-def check_rails(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
-    """Put the reply through the rails."""
+def check_rails(runtime: Runtime, state: TurnState) -> TurnUpdate:
+    """Put the reply through the rails, and before a host's own node that may be against it."""
     campaign, attempt = _current(runtime)
     assert attempt.baseline_config_id is not None
     baseline = runtime.store.config_of(attempt.baseline_config_id)
     verdict = check_reply(
         attempt.reply or "", menu=runtime.campaign.menu, baseline=baseline, rails=runtime.rails(campaign)
     )
+    veto = state.get("veto")
+    if verdict.passed and veto is not None:
+        verdict = replace(verdict, rail=VETO, reason=cut(veto))
     proposal = verdict.proposal
     on_menu = verdict.value is not None
     with runtime.writing() as writer:

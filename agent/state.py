@@ -39,6 +39,8 @@ class TurnUpdate(TurnOutput, total=False):
     """What a node hands on; never history."""
 
     stage: StageName
+    veto: str | None
+    """Why a node of the host's own, after `propose`, is against the proposal; the try is then blocked, told why."""
 
 
 class TurnState(TurnInput, TurnUpdate):
