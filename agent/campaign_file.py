@@ -188,6 +188,8 @@ class DistillSection(Section):
     """Of `outcome` and `weighted`, in standard deviations of the campaign's gains: smaller is sharper."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of `outcome`: least share of the probability that stays on changes nobody has tried."""
+    write: Annotated[float, Field(ge=0, le=10)] = 0.1
+    """Of `outcome`: weight of one whole reply a row beside its choice, so that an adapter can also write; 0: none."""
     min_knobs: Annotated[int, Field(ge=1)] = 2
     """Different knobs that the trained rows must have tried, or distilling refuses."""
     min_pairs: Annotated[int, Field(ge=1)] = 8
@@ -195,8 +197,8 @@ class DistillSection(Section):
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Largest share of the trained rows that may have tried the same change, or distilling refuses."""
     augment: list[Literal["permute", "earlier", "subsample", "synthetic"]] = ["permute", "subsample", "synthetic"]
-    """How every other epoch varies the stored prompts: `permute` the lines of the history, cut it `earlier`, `subsample`
-    it, or draw a `synthetic` one from measured changes. None of them changes what a row means."""
+    """How every other epoch varies the stored prompts: `permute` the lines of the history, cut it `earlier`,
+    `subsample` it, or draw a `synthetic` one from measured changes. None of them changes what a row means."""
     keep_adapters: Annotated[int, Field(ge=1)] = 10
     """Newest adapters that stay on the disk; champion, previous and raced ones are never removed."""
     r: Annotated[int, Field(ge=1, le=512)] = 16
@@ -220,7 +222,7 @@ class DistillSection(Section):
     max_length: Annotated[int, Field(ge=64)] = 2048
     """Tokens; a longer row is left out whole, never cut, and counted."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Of initial weights, order, dropout and augmentation, beside the campaign's own."""
+    """Of initial weights, order, dropout and augmentation."""
 
 
 class NotifySection(Section):

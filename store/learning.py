@@ -6,8 +6,9 @@ teaches when it passed the rails and was measured, whoever proposed it; a harnes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from overnight.store.hashing import JsonValue
@@ -93,6 +94,10 @@ class LearningReads(Protocol):
         """Return sums over the screening gains of the turns up to `through`."""
         ...
 
+    def unprompted(self, campaign_id: int) -> bool:
+        """Say whether a teaching attempt has no prompt: an imported one whose prompt was not rendered yet."""
+        ...
+
     def prompts_of(self, prompt_ids: Sequence[str]) -> Mapping[str, str]:
         """Return stored prompts, byte for byte, by their hash."""
         ...
@@ -107,6 +112,14 @@ class LearningReads(Protocol):
 
     def distilled_after(self, campaign_id: int, iteration: int) -> bool:
         """Say whether a distillation was run after this turn, well or badly."""
+        ...
+
+    def contested_versions(self, campaign_id: int) -> Collection[str]:
+        """Return the adapter versions (`v3`) that were raced or duelled, or are or were champion or challenger."""
+        ...
+
+    def home(self) -> Path:
+        """Return the folder where files of the store lie: beside the database file, or the current one."""
         ...
 
 

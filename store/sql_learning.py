@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Select, case, func, insert, select, update
+from sqlalchemy import Connection, Select, case, func, insert, or_, select, update
 from sqlalchemy.orm import aliased
 
+from overnight.store.contests import adapter_version
 from overnight.store.hashing import canonical_json, text_digest
 from overnight.store.learning import Distillation, NewDistillation, ScreeningSums
 from overnight.store.protocol import Attempt
 from overnight.store.tables import (
+    AliasRow,
     AttemptRow,
     CampaignRow,
     DistillationRow,
+    DuelRow,
+    PromotionRow,
     PromptRow,
     ProposerRow,
+    RaceItemRow,
+    RaceRow,
     Table,
     TrialRow,
     utc_now,
@@ -33,6 +40,14 @@ _ATTEMPT = [
     ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
     for name in Attempt.__slots__
 ]
+_CONTESTANTS = (
+    RaceRow.challenger_id,
+    DuelRow.champion_id,
+    DuelRow.challenger_id,
+    PromotionRow.from_proposer_id,
+    PromotionRow.to_proposer_id,
+    AliasRow.proposer_id,
+)
 _DISTILLATION = [getattr(DistillationRow, name) for name in Distillation.__slots__]
 
 
@@ -80,6 +95,10 @@ class SqlLearningReads:
             row = connection.execute(sums).one()
         return ScreeningSums(row.n, row.total or 0.0, row.squares or 0.0, row.noise)
 
+    def unprompted(self, campaign_id: int) -> bool:
+        """Say whether a teaching attempt has no prompt: an imported one whose prompt was not rendered yet."""
+        return self._count(campaign_id, _TEACHES & AttemptRow.prompt_id.is_(None)) > 0
+
     def prompts_of(self, prompt_ids: Sequence[str]) -> Mapping[str, str]:
         """Return stored prompts, byte for byte, by their hash."""
         found: dict[str, str] = {}
@@ -106,6 +125,23 @@ class SqlLearningReads:
         query = select(DistillationRow.id).filter_by(campaign_id=campaign_id, iteration=iteration).limit(1)
         with self._reading() as connection:
             return connection.execute(query).first() is not None
+
+    def contested_versions(self, campaign_id: int) -> Collection[str]:
+        """Return the adapter versions (`v3`) that were raced or duelled, or are or were champion or challenger."""
+        own = ProposerRow.campaign_id == campaign_id
+        raced = select(RaceItemRow.proposer_id).join(RaceRow).where(RaceRow.campaign_id == campaign_id)
+        met = [raced, *(select(column).where(column.is_not(None)) for column in _CONTESTANTS)]
+        named = or_(*(ProposerRow.id.in_(query) for query in met))
+        with self._reading() as connection:
+            found = connection.execute(select(ProposerRow.description).where(own, named)).scalars().all()
+        versions = (adapter_version(json.loads(description)) for description in found)
+        return {version for version in versions if version is not None}
+
+    def home(self) -> Path:
+        """Return the folder where files of the store lie: beside the database file, or the current one."""
+        with self._reading() as connection:
+            url = connection.engine.url
+        return Path(url.database or "").absolute().parent if url.get_backend_name() == "sqlite" else Path.cwd()
 
 
 def _until(through: int | None) -> list[Any]:
