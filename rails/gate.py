@@ -91,8 +91,11 @@ def parse_reply(reply: str) -> Proposal:
         raise ValueError("the reply is JSON but not an object; answer with one JSON object")
     if set(value) != set(KEYS):
         missing = [key for key in KEYS if key not in value]
-        extra = sorted(set(value) - set(KEYS))
-        what = f"`{missing[0]}` is missing" if missing else f"`{_clip(extra[0])}` is not a key of a proposal"
+        what = (
+            f"`{missing[0]}` is missing"
+            if missing
+            else f"`{_clip(min(set(value) - set(KEYS)))}` is not a key of a proposal"
+        )
         raise ValueError(f"{what}; use exactly the keys {', '.join(KEYS)}")
     knob, reason = value["knob"], value["reason"]
     if not isinstance(knob, str):
@@ -116,7 +119,11 @@ def _no_constant(name: str) -> object:
 
 
 def _is_text(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()  # a loop over a reply's 64 Ki characters takes 10 ms, this 0.02
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _clip(text: str, limit: int = 60) -> str:
