@@ -41,8 +41,10 @@ lint: install
 
 check: lint test
 
+# Strictly: a link that leads nowhere fails. The site is build/site/index.html.
 docs: install
 	$(BIN)/python -P -m overnight.agent.campaign_docs docs
+	$(BIN)/python -m sphinx -b html -E -W --keep-going -q -d build/doctrees docs build/site
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info quickstart.db*
