@@ -24,16 +24,16 @@ TOKENS = [
     "{", "}", "[", "]", '"', ":", ",", "\\", "\0", "\\u0000", "\\ud800", "\\udc00\\ud800", "\\ud83d\\ude00", "\ud800",
     "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e-999", "-0", "0.0", "true", "null", "9" * 30, "9" * 5_000,
     "0." + "3" * 400, "1" + "0" * 400 + "e-399", "\ufeff", "\u2028", "\u202e", "\x0b", "\x7f", "//", "/*", "'",
-    "```json\n", "\n```", '"knob":', '"new_value":', '"reason":', '"knob": "lr",', '"__proto__":', "lr", "n_head", "d_model",
-    "[" * DEEP, "]" * DEEP, '{"a":' * DEEP, " " * 70_000, "x" * 70_000, "\U0001f600" * 600,
+    "```json\n", "\n```", '"knob":', '"new_value":', '"reason":', '"knob": "lr",', '"__proto__":', "lr", "n_head",
+    "d_model", "[" * DEEP, "]" * DEEP, '{"a":' * DEEP, " " * 70_000, "x" * 70_000, "\U0001f600" * 600,
 ]  # fmt: skip
 
 
 def proposal(draw: random.Random, knobs: Sequence[str]) -> str:
     """A well-formed reply, or one with a single thing wrong in it."""
     odd: list[object] = [
-        draw.uniform(0, 0.02), 16.0, True, None, "bf16", "16", "0.001", -1, 10 ** draw.randint(1, 400), [], {}, [[1]], {"a": 1},
-        1e308, "\0", "",
+        draw.uniform(0, 0.02), 16.0, True, None, "bf16", "16", "0.001", -1, 10 ** draw.randint(1, 400), [], {}, [[1]],
+        {"a": 1}, 1e308, "\0", "",
     ]  # fmt: skip
     knob = draw.choice(knobs)
     value = draw.choice(odd) if draw.random() < 0.4 else draw.choice(NEAR.get(knob, odd))
@@ -50,9 +50,12 @@ def proposal(draw: random.Random, knobs: Sequence[str]) -> str:
     return "{" + comma.join(members) + "}"
 
 
-def homoglyphs(draw: random.Random, text: str) -> str:
-    """The same to the eye: some letters replaced by others that look alike."""
-    return "".join(HOMOGLYPHS.get(char, char) if draw.random() < 0.3 else char for char in text)
+def homoglyphs(draw: random.Random, text: str, knobs: Sequence[str]) -> str:
+    """The same to the eye: some letters of the knobs' names replaced by others that look alike."""
+    for knob in filter(None, knobs):
+        other = "".join(HOMOGLYPHS.get(char, char) if draw.random() < 0.5 else char for char in knob)
+        text = text.replace(f'"{knob}"', f'"{other}"')
+    return text
 
 
 def mutated(draw: random.Random, text: str) -> str:
@@ -78,14 +81,16 @@ def mutated(draw: random.Random, text: str) -> str:
 
 
 def hostile(draw: random.Random, knobs: Sequence[str]) -> str:
-    """One reply: a real or well-formed one as it is, in homoglyphs, spliced with another, or with bytes changed."""
+    """One reply: a real or well-formed one as it is, in homoglyphs, padded, spliced, or with bytes changed."""
     text = draw.choice(REAL) if draw.random() < 0.15 else proposal(draw, knobs)
-    match draw.randrange(8):
-        case 0 | 1 | 2:
+    match draw.randrange(16):
+        case 0 | 1 | 2 | 3 | 4 | 5:
             return text
-        case 3:
-            return homoglyphs(draw, text)
-        case 4:
+        case 6 | 7:
+            return homoglyphs(draw, text, knobs)
+        case 8:
+            return text + " " * draw.choice([1, 60_000, 64 * 1024, 70_000])
+        case 9:
             other = proposal(draw, knobs)
             return text[: draw.randrange(len(text) + 1)] + other[draw.randrange(len(other)) :]
         case _:

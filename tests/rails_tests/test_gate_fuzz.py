@@ -124,7 +124,7 @@ def test_hypothesis_finds_no_reply_on_which_gate_and_oracle_disagree() -> None:
 def test_changed_bytes_of_real_replies_pass_only_where_they_may() -> None:
     judge = Judge()
     by_mutation(judge, range(3000))
-    assert judge.rails["passed"] > 200
+    assert judge.rails["passed"] > 80
     assert set(judge.rails) == {"passed", "R1_schema", "R2_menu", "R3_range", "R4_cross", "R6_novelty"}
     assert sum(ms < SLOW_MS for ms in judge.cpu_ms) >= 0.999 * len(judge.cpu_ms)
 
