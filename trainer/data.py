@@ -13,7 +13,6 @@ import glob
 import hashlib
 import itertools
 import json
-import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,7 +175,7 @@ def _build(target: Path, found: Sequence[Document], spec: str) -> None:
     starts: list[int] = []
     count = 0
     content = hashlib.sha256()
-    partial = target / f"tokens.{os.getpid()}.part"
+    partial = target / "tokens.part"  # one name under the lock, so that what a killed process left is written over
     with partial.open("wb") as handle:
         for ids in tokenizer.encode(document.read() for document in found):
             raw = ids.astype(dtype).tobytes()

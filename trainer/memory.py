@@ -17,6 +17,7 @@ RESERVE_SHARE = 0.05
 RESERVE_MAX = 2 * GIB
 """Left for the system, the display and other processes: 5% of the memory, at most 2 GiB."""
 _CGROUP = Path("/sys/fs/cgroup")
+_VMSTAT = Path("/proc/vmstat")
 
 
 def free_memory(limit_gib: float | None) -> int:
@@ -28,6 +29,15 @@ def free_memory(limit_gib: float | None) -> int:
     if free is None:
         free = system_free()
     return free if limit_gib is None else min(free, int(limit_gib * GIB))
+
+
+def kernel_kills() -> int | None:
+    """Return how many processes the kernel has killed for want of memory since it started; None where it won't say."""
+    try:
+        lines = _VMSTAT.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def system_free(cgroup: Path = _CGROUP) -> int:

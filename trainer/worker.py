@@ -8,6 +8,7 @@ trial at a time; calls from several threads wait for each other.
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -18,7 +19,9 @@ from typing import Self
 from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.records import Config, FailureClass, TrainerInfo, TrialRequest, TrialResult
 from overnight.trainer.link import Died, Link, Overran
+from overnight.trainer.memory import kernel_kills
 from overnight.trainer.output import last_lines
+from overnight.trainer.process import Ending
 from overnight.trainer.protocol import Report, TrainerContext
 from overnight.trainer.shipping import ShippedFunction
 from overnight.trainer.wire import (
@@ -122,11 +125,12 @@ class WorkerTrainer:
 
     def _trial(self, request: TrialRequest, report: Report) -> TrialResult:
         deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s + GRACE_S
+        kills = kernel_kills()
         plain = {**asdict(replace(request, config={})), "config": dict(request.config)}
         try:
             frame = self._ask("run", {"request": plain}, deadline=deadline, report=report)
         except Died as died:
-            return TrialResult(None, died.ending.failure or "crash", last_lines(died.trace))
+            return TrialResult(None, _class_of(died.ending, kills), last_lines(died.trace))
         except Overran:
             printed = "" if self._link is None else self._link.process.tail.text()
             trace = f"{printed}\nkilled: it was still running after {request.timeout_s:g} s".strip()
@@ -279,3 +283,10 @@ class WorkerTrainer:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def _class_of(ending: Ending, kernel_kills_before: int | None) -> FailureClass:
+    """Return what a worker's end says: a kill that was not the kernel's, for want of memory, is not the candidate's."""
+    if ending.signal == signal.SIGKILL and kernel_kills_before is not None and kernel_kills() == kernel_kills_before:
+        return "harness"
+    return ending.failure or "crash"

@@ -155,7 +155,7 @@ class TestWorkerTrainerConforms(TrainerConformance):
         ("nothing", "harness", "either a metric or a failure"),
         ("infinite", "nan", "inf"),
         ("memory", "oom", "no more"),
-        ("killed", "oom", "SIGKILL"),
+        ("killed", "harness", "SIGKILL"),
         ("family", "timeout", "still running after 1 s"),
         ("gil", "timeout", "still running after 1 s"),
     ],
