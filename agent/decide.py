@@ -27,11 +27,9 @@ Rule = Literal["confirmed", "single_shot"]
 Action = Literal["measure", "keep", "revert"]
 
 AUDIT_SHARE = 0.05
-"""Share of turns, drawn before screening, whose candidate is also measured on `AUDIT_SEEDS`, whatever it shows."""
-AUDIT_SEEDS = range(2**31 - 6, 2**31 - 1)
-"""Candidate and baseline are both measured here in an audit, and no decision looks here: a baseline whose trials
-scatter stays longer, so noise estimated from the trials that decide is several percent too large (benchmarks/LOG.md).
-A kept candidate's audit trials serve it as a baseline; each baseline needs them once."""
+"""Share of turns, drawn before screening, whose candidate is also measured on `audit_seeds`, whatever it shows."""
+AUDIT_TRIALS = 5
+"""Seeds of one audit, on which candidate and baseline are both measured."""
 IMPROBABLE = 0.2
 """A candidate is dropped when the predictive probability of a keep falls below this: the largest power for which a
 null candidate costs at most 1.4 trials on average (benchmarks/decisions.md)."""
@@ -255,13 +253,25 @@ def _points(n: int, df: int, correlation: float) -> tuple[NDArray[np.float64], N
     return residuals, np.sqrt((np.square(along) + across + chi_square(df + 1 - common, n + 2)) / df)
 
 
+def audit_seeds(iteration: int) -> range:
+    """The seeds of the audit of a turn, which nothing else ever uses: no decision, no other audit.
+
+    Audits that shared a baseline's trials were biased: a baseline whose audit trials scatter raises the estimate, a
+    high estimate keeps fewer candidates, so that baseline stays and is audited more (benchmarks/LOG.md). On fresh
+    seeds the expected sum of squares of each audit, given all that went before, is its degrees of freedom times the
+    variance of that pair, whatever was decided; so their pool is unbiased for noise of any shape that has a variance.
+    """
+    blocks, place = divmod(iteration, 100 // AUDIT_TRIALS)
+    first = 1_000_000_700 + 1000 * blocks + AUDIT_TRIALS * place
+    return range(first, first + AUDIT_TRIALS)
+
+
 def seed_order(baseline_seeds: Sequence[int], rotation: int, max_trials: int) -> tuple[int, ...]:
     """The seeds that a candidate is measured on, in order: the baseline's, rotated, then fresh ones.
 
     Rotating (by the iteration) keeps one lucky baseline trial from screening every candidate. Fresh seeds, which
     the baseline has yet to be measured on, come only when it has fewer than `max_trials`.
     """
-    baseline_seeds = [seed for seed in baseline_seeds if seed not in AUDIT_SEEDS]
     if not baseline_seeds:
         raise ValueError("a baseline without trials cannot be compared with; calibrate it first")
     start = rotation % len(baseline_seeds)
@@ -281,8 +291,8 @@ def judge(
 ) -> Verdict:
     """Decide on a candidate from its trials so far, or say which seed to measure next.
 
-    Looks are taken in the order of `order`, and trials on `AUDIT_SEEDS` are left out: an audit changes no decision, and
-    asking again after a crash gives the same answer.
+    Looks are taken in the order of `order`, so that asking again after a crash gives the same answer. Trials of audits
+    and duels change no decision: the caller leaves them out.
 
     Args:
         candidate: metric by seed, finite.
@@ -295,7 +305,6 @@ def judge(
     Raises:
         ValueError: a metric is not finite, the baseline's mean is zero and gains are relative, or noise is missing.
     """
-    baseline = {seed: metric for seed, metric in baseline.items() if seed not in AUDIT_SEEDS}
     if not all(map(math.isfinite, (*candidate.values(), *baseline.values()))):
         raise ValueError("a metric is not finite; a trial without a metric is a failure and never reaches a decision")
     if not baseline:

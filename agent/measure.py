@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overnight.agent.budget import check_trial
-from overnight.agent.decide import AUDIT_SEEDS, Verdict, judge, seed_order
+from overnight.agent.decide import Verdict, audit_seeds, judge, seed_order
 from overnight.agent.events import TrialDropped, TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
@@ -201,7 +201,7 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     if verdict.action == "measure":
         return Standing(verdict, own, baseline, verdict.seed)
     if attempt.audit and settings.rule == "confirmed":
-        seed = _next_audit(series_of(trials), series_of(baseline_trials))
+        seed = _next_audit(attempt.iteration, trials, baseline_trials)
         if seed is not None:
             return Standing(verdict, own, baseline, seed, aside="audit")
     seed = _next_of_duel(runtime, state, attempt, [*baseline_trials, *trials])
@@ -220,14 +220,16 @@ def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
 
 def looks(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that decisions look at: all but the audits' and the duels'."""
-    return [trial for trial in trials if trial.seed not in AUDIT_SEEDS and trial.purpose != "duel"]
+    return [trial for trial in trials if trial.purpose not in ("audit", "duel")]
 
 
-def _next_audit(own: Series, baseline: Series) -> int | None:
-    """Return the next seed of an audit; one that failed is over, and changes no decision."""
-    if own.failure or baseline.failure:
+def _next_audit(iteration: int, own: Sequence[Trial], baseline: Sequence[Trial]) -> int | None:
+    """Return the next seed of a turn's audit; one that failed is over, and changes no decision."""
+    seeds = audit_seeds(iteration)
+    sides = [series_of([trial for trial in side if trial.seed in seeds]) for side in (own, baseline)]
+    if any(side.failure for side in sides):
         return None
-    return next((s for s in AUDIT_SEEDS if s not in own.metrics or s not in baseline.metrics), None)
+    return next((seed for seed in seeds if any(seed not in side.metrics for side in sides)), None)
 
 
 def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, trials: Sequence[Trial]) -> int | None:
@@ -292,7 +294,8 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
         of=of,
     )
     first_harness = result.failure == "harness" and seed not in series.last_replicate
-    if result.failure is not None and config_id == attempt.baseline_config_id and now.aside is None and not first_harness:
+    counts = now.aside is None and config_id == attempt.baseline_config_id
+    if result.failure is not None and counts and not first_harness:
         raise TrainerError(
             f"campaign `{runtime.name}`: the baseline failed ({result.failure}) on seed {seed}, though it ran before: "
             f"{last_line(result.trace)}; free what it needs and run again to go on"

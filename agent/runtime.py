@@ -233,7 +233,7 @@ class Runtime:
         if state.trainer_kind == "unseeded":
             return trial_noise(calibration)
         audits = self.store.audit_spread(state.id, **where)
-        return paired_noise(calibration, Spread(audits.ss, audits.df), max(audits.baseline_df, 1))
+        return paired_noise(calibration, Spread(audits.ss, audits.df))
 
     def rails(self, state: CampaignState) -> list[Rail]:
         """Return the rails after `R5_diff`, in order, less those that the campaign skips."""
@@ -241,25 +241,38 @@ class Runtime:
         skipped = set(self.campaign.file.rails.skip)
         return [rail for rail in (*rails, *self.extra_rails) if rail.id not in skipped]
 
-    def capability(self) -> CapabilityRail:
-        """Return rail `R7_capability` over this trainer; its answers about a configuration are remembered."""
+    def capability(self, *, memory: bool = True) -> CapabilityRail:
+        """Return rail `R7_capability` over this trainer; its answers about a configuration are remembered.
+
+        Without `memory` it asks only what the machine can run at all, which is as true of the past.
+        """
         return CapabilityRail(
             unsupported=lambda config: _remember(self._unsupported, config, self.trainer.unsupported),
             estimate_memory=lambda config: _remember(self._memory, config, self.trainer.estimate_memory),
-            free_memory=self.free_memory,
+            free_memory=self.free_memory if memory else lambda: None,
         )
 
-    def earlier(self, state: CampaignState, configs: Sequence[Config]) -> list[str | None]:
-        """Say for each configuration what became of it, or None where the decision rule is not done with it."""
-        return results_in_words(self.store, state, self.campaign.menu, configs)
+    def earlier(
+        self, state: CampaignState, configs: Sequence[Config], *, before: int | None = None
+    ) -> list[str | None]:
+        """Say for each configuration what became of it, or None where the decision rule is not done with it.
+
+        `before` looks at the turns before that one only.
+        """
+        return results_in_words(self.store, state, self.campaign.menu, configs, before=before)
 
 
 def results_in_words(
-    store: TrajectoryStore, state: CampaignState, menu: Menu, configs: Sequence[Config]
+    store: TrajectoryStore,
+    state: CampaignState,
+    menu: Menu,
+    configs: Sequence[Config],
+    *,
+    before: int | None = None,
 ) -> list[str | None]:
     """Say for each configuration what became of it, or None where the decision rule is not done with it."""
     ids = [digest(config) for config in configs]
-    found = store.earlier(state.id, ids)
+    found = store.earlier(state.id, ids, before=before)
     first = digest(menu.default)
     return [
         _in_words(found[config_id])

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.agent.decide import AUDIT_SEEDS, AUDIT_SHARE, DecisionSettings, Plan, plan
+from overnight.agent.decide import AUDIT_SHARE, AUDIT_TRIALS, DecisionSettings, Plan, plan
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 
 Floats = NDArray[np.float64]
@@ -37,7 +37,7 @@ MODES: tuple[BaselineMode, ...] = ("rolling", "fixed")
 SHAPES: tuple[Shape, ...] = ("normal", "t3")
 Rows = list[dict[str, Any]]
 HERE = Path(__file__).parent
-AUDITED = len(AUDIT_SEEDS)
+AUDITED = AUDIT_TRIALS
 GAINS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 FIRST_CAMPAIGN = 2.75
 """Its threshold, 0.5% of 10.96 = 0.055, in units of its trial sd of 0.020."""
@@ -136,14 +136,6 @@ class Campaigns:
         self.calibration_ss = np.square(calibrated - calibrated.mean(axis=1, keepdims=True)).sum(axis=1)
         self.audit_ss = np.zeros(count)
         self.audit_df = np.zeros(count)
-        self.baseline_df = np.zeros(count)
-        """Baseline trials behind the audits, less one for each baseline."""
-        self.audit_effects = math.sqrt(world.seed_share) * self.draw((count, AUDITED))
-        self.audit_baseline = self.audit_effects + self.own * self.draw((count, AUDITED))
-        self.audit_known = np.zeros(count, dtype=bool)
-        """The baseline is measured on the audit seeds."""
-        self.audit_counted = np.zeros(count, dtype=bool)
-        """Its trials there are in `baseline_df`."""
         self.given = np.sqrt(rng.chisquare(20, count) / 20)
 
     def draw(self, shape: tuple[int, ...]) -> Floats:
@@ -172,18 +164,16 @@ class Campaigns:
                 [(replace(noise, sd=true), world.calibration)],
                 np.zeros(self.count, dtype=np.int64),
             )
-        state = np.stack(
-            [self.audit_df, self.baseline_df, self.known if world.unseeded else np.zeros(self.count)], axis=1
-        )
+        state = np.stack([self.audit_df, self.known if world.unseeded else np.zeros(self.count)], axis=1)
         distinct, which = np.unique(state, axis=0, return_inverse=True)
         which = which.reshape(-1)
         sd, kinds = np.empty(self.count), []
         calibration_df = world.calibration - 1
-        for index, (audit_df, shared, known) in enumerate(distinct):
+        for index, (audit_df, known) in enumerate(distinct):
             rows = which == index
             calibration = Spread(calibration_df, calibration_df)
             audit = Spread(audit_df, audit_df) if audit_df else None
-            noise = trial_noise(calibration) if world.unseeded else paired_noise(calibration, audit, shared)
+            noise = trial_noise(calibration) if world.unseeded else paired_noise(calibration, audit)
             kinds.append((noise, int(known)))
             ss = (
                 self.audit_ss[rows] / audit_df
@@ -217,26 +207,21 @@ class Campaigns:
             fresh = np.maximum(trials - self.known, 0)
             self.known = np.maximum(self.known, trials)
         audited = self.rng.random(self.count) < world.audit_share
-        fresh += AUDITED * (audited & ~self.audit_known)
-        audit = self._audit(audited, scale)
+        fresh += AUDITED * audited
+        self._audit(audited, scale)
         if world.baseline == "rolling" and kept.any():
             self._roll(kept, candidate - true[:, None], effects, scale)
-            self.audit_baseline[kept] = audit[kept]
-            self.audit_known[kept] = audited[kept]
         return helps, kept, trials, AUDITED * audited, fresh
 
-    def _audit(self, audited: Bools, scale: Floats) -> Floats:
-        """Audit some candidates; all candidates' trials on the audit seeds, known or not."""
-        audit = self.audit_effects + (scale * self.own)[:, None] * self.draw((self.count, AUDITED))
-        gains = audit - self.audit_baseline
-        self.audit_ss += np.where(audited, np.square(gains - gains.mean(axis=1, keepdims=True)).sum(axis=1), 0.0)
-        self.audit_df += np.where(audited, AUDITED - 1, 0)
-        self.audit_truth += np.where(audited, (AUDITED - 1) * self.own**2 * (scale**2 + self.scale**2), 0.0)
-        first = audited & ~self.audit_counted
-        self.baseline_df += np.where(first, AUDITED - 1, 0)
-        self.audit_counted |= audited
-        self.audit_known |= audited
-        return audit
+    def _audit(self, audited: Bools, scale: Floats) -> None:
+        """Audit some candidates: candidate and baseline on fresh seeds, whose own effects cancel in the pairs."""
+        rows = int(audited.sum())
+        candidate = (scale[audited] * self.own)[:, None] * self.draw((rows, AUDITED))
+        baseline = (self.scale[audited] * self.own)[:, None] * self.draw((rows, AUDITED))
+        gains = candidate - baseline
+        self.audit_ss[audited] += np.square(gains - gains.mean(axis=1, keepdims=True)).sum(axis=1)
+        self.audit_df[audited] += AUDITED - 1
+        self.audit_truth[audited] += (AUDITED - 1) * self.own**2 * (scale**2 + self.scale**2)[audited]
 
     def _roll(self, kept: Bools, candidate: Floats, effects: Floats, scale: Floats) -> None:
         """The kept candidate, with the trials it has, is the new baseline; gains are counted from it."""
@@ -247,7 +232,6 @@ class Campaigns:
         self.baseline[kept, : self.n] = candidate[kept]
         self.known[kept] = self.n
         self.scale[kept] = scale[kept]
-        self.audit_counted[kept] = False
 
 
 def confirmed(campaigns: Campaigns, candidate: Floats, measured: Floats) -> tuple[Bools, Ints]:

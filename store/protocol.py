@@ -268,8 +268,6 @@ class SumOfSquares:
 
     ss: float
     df: int
-    baseline_df: int = 0
-    """For paired differences: baseline trials they rest on, less one for each baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,8 +415,13 @@ class TrajectoryStore(LearningReads, ContestReader, Protocol):
         """Return a stored configuration."""
         ...
 
-    def earlier(self, campaign_id: int, config_ids: Iterable[str]) -> Mapping[str, Attempt]:
-        """Return, for each configuration that the decision rule is done with, the attempt that did it."""
+    def earlier(
+        self, campaign_id: int, config_ids: Iterable[str], *, before: int | None = None
+    ) -> Mapping[str, Attempt]:
+        """Return, for each configuration that the decision rule is done with, the attempt that did it.
+
+        `before` looks at the turns before that one only.
+        """
         ...
 
     def trials_of(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -115,6 +114,12 @@ class SqlStore(SqlLearningReads, SqlContestReads):
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -262,12 +267,16 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         with self._reading() as connection:
             return connection.execute(select(PromptRow.body).where(PromptRow.id == prompt_id)).scalar_one()
 
-    def earlier(self, campaign_id: int, config_ids: Iterable[str]) -> Mapping[str, Attempt]:
+    def earlier(
+        self, campaign_id: int, config_ids: Iterable[str], *, before: int | None = None
+    ) -> Mapping[str, Attempt]:
         """Return, for each configuration that the decision rule is done with, the attempt that did it."""
         ids = list(config_ids)
         done = AttemptRow.outcome.in_(["kept", "reverted"]) | (
             (AttemptRow.outcome == "failed") & (AttemptRow.failure != "harness")
         )
+        if before is not None:
+            done &= AttemptRow.iteration < before
         found: dict[str, Attempt] = {}
         for start in range(0, len(ids), RECENT_MOVES_CHUNK):
             chunk = ids[start : start + RECENT_MOVES_CHUNK]
@@ -353,15 +362,13 @@ class SqlStore(SqlLearningReads, SqlContestReads):
     def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
         """Return the noise of paired differences from decided audits in one environment.
 
-        Audit trials run on seeds of their own that no decision looks at, so none of the differences is selected.
+        Every audit measures both sides on seeds that nothing else uses, so none of the differences is selected.
         """
         base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
         query = (
             select(
                 (base.c.metric - candidate.c.metric).label("difference"),
                 candidate.c.attempt_id.label("attempt_id"),
-                base.c.id.label("base_id"),
-                base.c.config_id.label("base_config_id"),
             )
             .select_from(AttemptRow)
             .join(candidate, candidate.c.attempt_id == AttemptRow.id)
@@ -373,7 +380,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
                 & (base.c.environment_hash == candidate.c.environment_hash)
                 & (base.c.split == candidate.c.split)
                 & (base.c.seed == candidate.c.seed)
-                & (base.c.replicate == 0),
+                & (base.c.purpose == "audit"),
             )
             .where(
                 AttemptRow.campaign_id == campaign_id,
@@ -388,13 +395,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             )
             .subquery()
         )
-        spread = self._spread(query.c.difference, query.c.attempt_id)
-        counts = select(
-            func.count(query.c.base_id.distinct()).label("trials"),
-            func.count(query.c.base_config_id.distinct()).label("baselines"),
-        )
-        row = self._all(counts)[0]
-        return replace(spread, baseline_df=row["trials"] - row["baselines"])
+        return self._spread(query.c.difference, query.c.attempt_id)
 
     def _spread(self, value: Any, group: Any) -> SumOfSquares:
         """Pool sums of squares within groups in SQL, around each group's own mean."""

@@ -113,7 +113,7 @@ class Noise:
             raise ValueError(f"noise needs sd >= 0, df >= 1 and excess >= 1, got {self}")
 
 
-def paired_noise(calibration: Spread, audit: Spread | None = None, baseline_df: float | None = None) -> Noise:
+def paired_noise(calibration: Spread, audit: Spread | None = None) -> Noise:
     """The noise of a paired difference, candidate minus baseline on one seed.
 
     Before audits know it at least as well as calibration does, it is sqrt(2) x the trial sd of calibration: what a
@@ -122,17 +122,11 @@ def paired_noise(calibration: Spread, audit: Spread | None = None, baseline_df: 
 
     Args:
         calibration: trial values of calibrated baselines around each baseline's mean.
-        audit: paired differences of audited candidates around each candidate's own mean.
-        baseline_df: how many baseline trials the audits rest on, less one for each baseline. Audits against a fixed
-            baseline share its trials, so their sum of squares knows less than its nominal degrees of freedom: the
-            variance of the pooled estimate has a quarter that shrinks only with baseline trials (moments of a
-            bilinear form, equal noise on both sides; Satterthwaite 1946). Default: nothing is shared.
+        audit: paired differences of audited candidates around each candidate's own mean, every audit on fresh trials
+            of both sides.
     """
-    if audit is not None and audit.df >= 1:
-        shared = audit.df if baseline_df is None else min(max(baseline_df, 1.0), audit.df)
-        df = 1 / (0.25 / shared + 0.75 / audit.df)
-        if df >= calibration.df:
-            return Noise(audit.sd, df, "audit", AUDITED_EXCESS)
+    if audit is not None and audit.df >= max(calibration.df, 1):
+        return Noise(audit.sd, audit.df, "audit", AUDITED_EXCESS)
     return Noise(math.sqrt(2) * calibration.sd, calibration.df, "calibration", math.sqrt((1 + CANDIDATE_EXCESS**2) / 2))
 
 

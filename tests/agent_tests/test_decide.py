@@ -18,14 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overnight.agent.decide import (
-    AUDIT_SEEDS,
+    AUDIT_TRIALS,
     DecisionSettings,
     Verdict,
+    audit_seeds,
     check_resolvable,
     judge,
     plan,
     seed_order,
 )
+from overnight.agent.duels import duel_seed
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 
 ABSOLUTE = DecisionSettings(min_gain=0.0, gain="absolute", direction="max")
@@ -127,14 +129,8 @@ def test_the_unit_of_the_metric_changes_no_decision(unit: float, gains: list[flo
 
 @given(st.lists(st.floats(-3, 3), min_size=5, max_size=5))
 def test_trials_beyond_the_looks_change_no_decision(gains: list[float]) -> None:
-    audited = dict(enumerate(gains)) | dict.fromkeys(AUDIT_SEEDS, 99.0)
+    audited = dict(enumerate(gains)) | dict.fromkeys(audit_seeds(3), 99.0)
     assert _decide(audited).action == _play(gains)[0].action
-
-
-def test_trials_on_audit_seeds_are_no_part_of_the_baseline() -> None:
-    baseline = FLAT | dict.fromkeys(AUDIT_SEEDS, 1e6)
-    plain = judge({0: 3.0}, FLAT, ORDER, noise=KNOWN, settings=ABSOLUTE, kind="unseeded")
-    assert judge({0: 3.0}, baseline, ORDER, noise=KNOWN, settings=ABSOLUTE, kind="unseeded") == plain
 
 
 def test_a_seed_that_the_baseline_lacks_is_asked_for() -> None:
@@ -191,8 +187,11 @@ def test_fresh_seeds_follow_when_the_baseline_has_too_few() -> None:
     assert seed_order([7, 8, 9], 1, 5) == (8, 9, 7, 10, 11)
 
 
-def test_audit_seeds_are_never_screened_on() -> None:
-    assert seed_order([7, *AUDIT_SEEDS], 3, 3) == (7, 8, 9)
+def test_no_two_audits_share_a_seed_with_each_other_or_with_a_duel() -> None:
+    seeds = [seed for iteration in range(1, 2001) for seed in audit_seeds(iteration)]
+    assert len(set(seeds)) == len(seeds) == 2000 * AUDIT_TRIALS
+    assert not {duel_seed(iteration) for iteration in range(1, 10_001)} & set(seeds)
+    assert {seed % 1000 // 100 for seed in seeds} == {7}, "calibration and holdout use the first hundreds of thousands"
 
 
 def test_a_min_gain_below_the_noise_is_refused_with_a_remedy() -> None:
@@ -270,11 +269,12 @@ def test_a_change_that_does_nothing_costs_at_most_1_4_trials(source: str) -> Non
     assert simulation.simulate(world, simulation.confirmed, 40_000, 5, 2).trials <= 1.4
 
 
-@pytest.mark.parametrize(("gain", "share"), [(0.0, 1.0), (2.0, 0.1)])
-def test_the_audited_noise_is_unbiased_while_baselines_roll_on(gain: float, share: float) -> None:
+@pytest.mark.parametrize(("gain", "share"), [(0.0, 1.0), (2.0, 0.3)])
+def test_the_audited_variance_is_unbiased_while_baselines_roll_on(gain: float, share: float) -> None:
+    """Its scatter over 10,000 campaigns is 0.45%; benchmarks/decisions.md pools more."""
     world = simulation.World(baseline="rolling", gain=gain, gain_share=share)
     bias = simulation.simulate(world, simulation.confirmed, 10_000, 50, 1).variance_bias
-    assert abs(math.sqrt(1 + bias) - 1) <= 0.02
+    assert abs(bias) <= 0.015
 
 
 def test_deciding_takes_under_five_milliseconds_once_warm() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from overnight.agent import events
-from overnight.agent.decide import AUDIT_SEEDS
+from overnight.agent.decide import audit_seeds
 from overnight.agent.proposers.protocol import Ask
 from overnight.agent.run import run_campaign
 from overnight.agent.signals import PauseSwitch
@@ -89,13 +89,26 @@ def test_an_audited_turn_measures_both_sides_on_the_audit_seeds(tmp_path: Path, 
     run(campaign(tmp_path, decision={"audit": 1.0}, budget={"iterations": 1}), store, proposers=scripted(("b", 9)))
     (attempt,) = turns(store)
     audits = [trial for trial in store.trials_of_attempt(attempt.id) if trial.purpose == "audit"]
-    assert sorted(trial.seed for trial in audits if trial.seed is not None) == sorted([*AUDIT_SEEDS, *AUDIT_SEEDS])
+    assert sorted(trial.seed for trial in audits if trial.seed is not None) == sorted(
+        [*audit_seeds(1), *audit_seeds(1)]
+    )
     state = store.campaign("c")
     assert state is not None
     assert state.trainer_hash is not None
     assert state.environment_hash is not None
     spread = store.audit_spread(state.id, trainer_hash=state.trainer_hash, environment_hash=state.environment_hash)
-    assert (spread.df, spread.baseline_df) == (4, 4)
+    assert spread.df == 4
+
+
+def test_every_audit_measures_the_baseline_anew_and_changes_no_decision(tmp_path: Path, store: SqlStore) -> None:
+    answers = [("b", 9), ("b", 8)]
+    for name, share in (("c", 1.0), ("plain", 0.0)):
+        options = {"campaign": {"name": name}, "decision": {"audit": share}, "budget": {"iterations": 2}}
+        run(campaign(tmp_path, **options), store, proposers=scripted(*answers))
+    audited, plain = turns(store, "c"), turns(store, "plain")
+    assert [(a.outcome, a.gain, a.trials) for a in audited] == [(a.outcome, a.gain, a.trials) for a in plain]
+    trials = [t for a in audited for t in store.trials_of_attempt(a.id) if t.purpose == "audit"]
+    assert sorted(t.seed for t in trials if t.seed) == sorted(2 * [*audit_seeds(1), *audit_seeds(2)])
 
 
 def test_a_blocked_proposal_is_told_why_and_tried_again(tmp_path: Path, store: SqlStore) -> None:
