@@ -87,6 +87,17 @@ class TurnStarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Proposed(Event):
+    """A proposer answered; the reply is stored, and no rail has seen it."""
+
+    kind: ClassVar[str] = "proposed"
+    iteration: int
+    try_no: int
+    proposer: str
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalFailed(Event):
     """A proposer did not answer."""
 
@@ -156,6 +167,25 @@ class TrialFinished(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trained(Event):
+    """A candidate needs no more trials."""
+
+    kind: ClassVar[str] = "trained"
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated(Event):
+    """A candidate's trials became one result, or the failure that ended them."""
+
+    kind: ClassVar[str] = "validated"
+    iteration: int
+    metric: float | None
+    gain: float | None
+    failure: FailureClass | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialDropped(Event):
     """A trial under way was given up, through no fault of its own; it is run again when the campaign goes on."""
 
@@ -209,39 +239,6 @@ class Decided(Event):
     trials: int
     explanation: str
     is_best: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridRefined(Event):
-    """Every legal change was tried; ranges are gridded finer."""
-
-    kind: ClassVar[str] = "grid_refined"
-    recorded: ClassVar[bool] = True
-    refinement: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HoldoutMeasured(Event):
-    """The first baseline and the winner were measured on the locked holdout, once."""
-
-    kind: ClassVar[str] = "holdout_measured"
-    recorded: ClassVar[bool] = True
-    winner_attempt_id: int
-    baseline_metric: float
-    metric: float
-    gain: float
-    gain_low: float
-    gain_high: float
-    seeds: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HoldoutSkipped(Event):
-    """The holdout was not measured, and why."""
-
-    kind: ClassVar[str] = "holdout_skipped"
-    recorded: ClassVar[bool] = True
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -436,6 +433,41 @@ class SwitchRefused(Event):
     kind: ClassVar[str] = "switch_refused"
     recorded: ClassVar[bool] = True
     iteration: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridRefined(Event):
+    """Every legal change was tried; ranges are gridded finer."""
+
+    kind: ClassVar[str] = "grid_refined"
+    recorded: ClassVar[bool] = True
+    refinement: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutMeasured(Event):
+    """The first baseline and the winner were measured on the locked holdout, once."""
+
+    kind: ClassVar[str] = "holdout_measured"
+    recorded: ClassVar[bool] = True
+    winner_attempt_id: int
+    baseline_metric: float
+    metric: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    seeds: int
+    fresh_data: bool = True
+    """Whether it was data that no decision had seen; False: only the seeds were fresh."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutSkipped(Event):
+    """The holdout was not measured, and why."""
+
+    kind: ClassVar[str] = "holdout_skipped"
+    recorded: ClassVar[bool] = True
     reason: str
 
 

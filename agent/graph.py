@@ -28,15 +28,41 @@ from overnight.store.protocol import TrajectoryStore
 from overnight.trainer.function import Objective
 from overnight.trainer.protocol import Trainer
 
-NODES: tuple[StageName, ...] = ("calibrate", "propose", "check_rails", "train", "validate", "decide", "finish")
-Route = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "__end__"]
+NODES: tuple[StageName, ...] = (
+    "calibrate",
+    "propose",
+    "check_rails",
+    "train",
+    "validate",
+    "decide",
+    "distill",
+    "race",
+    "route",
+    "finish",
+)
+Route = Literal[
+    "calibrate",
+    "propose",
+    "check_rails",
+    "train",
+    "validate",
+    "decide",
+    "distill",
+    "race",
+    "route",
+    "finish",
+    "__end__",
+]
 ROUTES: Mapping[StageName, Sequence[StageName]] = {
     "calibrate": NODES[1:],
     "propose": ("propose", "check_rails", "finish"),
-    "check_rails": ("propose", "train", "finish"),
+    "check_rails": ("propose", "train", "distill", "race", "route", "finish"),
     "train": ("validate", "finish"),
     "validate": ("decide",),
-    "decide": ("finish",),
+    "decide": ("distill", "race", "route", "finish"),
+    "distill": ("race", "route", "finish"),
+    "race": ("route", "finish"),
+    "route": ("race", "finish"),
     "finish": (),
 }
 """Where each node may go besides the end of the turn: the drawn edges."""

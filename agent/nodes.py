@@ -11,9 +11,12 @@ from dataclasses import replace
 from typing import TypedDict
 
 from overnight.agent import calibrate as calibration
+from overnight.agent import distilling, duels, switching
 from overnight.agent import finish as finishing
+from overnight.agent import race as racing
 from overnight.agent.budget import stop_reason
-from overnight.agent.events import Accepted, Blocked, Decided
+from overnight.agent.distilling import distill_due, say_waiting
+from overnight.agent.events import Accepted, Blocked, Decided, Trained, Validated
 from overnight.agent.measure import Standing, last_line, measure_candidate, standing
 from overnight.agent.propose import propose
 from overnight.agent.runtime import Runtime
@@ -21,27 +24,45 @@ from overnight.agent.signals import PauseRequested
 from overnight.agent.state import ASKED, BudgetSpent, StageName, TurnState, TurnUpdate
 from overnight.rails.gate import check_reply
 from overnight.rails.menu import Change
-from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict
+from overnight.store.protocol import Attempt, CampaignState, Measurement, NewDecision, NewVerdict, Position
 from overnight.store.records import FailureClass, KnobValue, Outcome
 from overnight.trainer.noise import Spread
 from overnight.trainer.output import cut
 
 VETO = "veto"
 """What stands in an attempt's `rail` when a node of the host's own was against it."""
-__all__ = ["calibrate", "check_rails", "decide", "finish", "propose", "train", "validate"]
+__all__ = ["calibrate", "check_rails", "decide", "distill", "finish", "propose", "race", "route", "train", "validate"]
 
 
 def next_stage(runtime: Runtime) -> StageName:
     """Return the node that goes on with the campaign, from what is committed."""
     state = runtime.state()
-    if runtime.info is None or state.environment_hash != runtime.environment_hash:
+    if runtime.info is None:
         return "calibrate"
+    if (state.environment_hash, state.trainer_hash) != (runtime.environment_hash, runtime.trainer_hash):
+        return "calibrate"  # which measures the baseline anew, or refuses other data
     position = runtime.store.next_stage(state.id)
     if position.stage == "propose" and position.try_no == 1:
         reason = stop_reason(runtime, state, position)
+        due = _due(runtime, state, position, reason)
+        if due is not None:
+            return due
         if reason is not None:
             return "done" if reason == ASKED else "finish"
     return position.stage
+
+
+def _due(runtime: Runtime, state: CampaignState, position: Position, reason: str | None) -> StageName | None:
+    """Return what comes between two turns; once the budget is used up, only what brings a duel to its end."""
+    if reason is None and distill_due(runtime, state, position.iteration - 1) == "due":
+        return "distill"
+    return switching.due(runtime, state, position, over=reason is not None)
+
+
+def _onward(runtime: Runtime) -> TurnUpdate:
+    """Go on after what came between two turns."""
+    stage = next_stage(runtime)
+    return {"stage": stage if stage in ("distill", "race", "route", "finish") else "done"}
 
 
 def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
@@ -123,6 +144,7 @@ def train(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         return {"stage": "finish", "attempt_id": attempt.id, "stop_reason": spent.reason}
     with runtime.writing() as writer:
         writer.trained(attempt.id)
+    runtime.emit(Trained(campaign=runtime.name, iteration=attempt.iteration))
     return {"stage": "validate", "attempt_id": attempt.id}
 
 
@@ -132,11 +154,12 @@ def validate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     now = standing(runtime, campaign, attempt)
     trials = runtime.store.trials_of_attempt(attempt.id)
     energies = [trial.energy_wh for trial in trials if trial.energy_wh is not None]
+    result = _result_of(now)
     with runtime.writing() as writer:
         writer.measurement(
             Measurement(
                 attempt_id=attempt.id,
-                **_result_of(now),
+                **result,
                 failure=now.failure,
                 trace=now.trace,
                 notes=next((trial.notes for trial in reversed(trials) if trial.notes), ""),
@@ -144,6 +167,15 @@ def validate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
                 energy_wh=math.fsum(energies) if energies else None,
             )
         )
+    runtime.emit(
+        Validated(
+            campaign=runtime.name,
+            iteration=attempt.iteration,
+            metric=result["metric"],
+            gain=result["gain"],
+            failure=now.failure,
+        )
+    )
     return {"stage": "decide", "attempt_id": attempt.id}
 
 
@@ -185,8 +217,11 @@ def decide(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     else:
         outcome = "kept" if now.verdict.action == "keep" else "reverted"
         explanation = now.verdict.explanation
-    is_best = outcome == "kept" and _beats_best(runtime, campaign, now)
     rolling = runtime.campaign.file.campaign.baseline == "rolling"
+    if outcome == "kept" and rolling and attempt.baseline_config_id != campaign.baseline_config_id:
+        better, words = duels.beats_kept(runtime, campaign, now)
+        outcome, explanation = ("kept" if better else "reverted"), f"{explanation}; {words}"
+    is_best = outcome == "kept" and _beats_best(runtime, campaign, now)
     with runtime.writing(changes_campaign=outcome == "kept", changes_noise=attempt.audit) as writer:
         writer.decision(
             NewDecision(
@@ -234,9 +269,38 @@ def _turn_over(runtime: Runtime, attempt_id: int) -> TurnUpdate:
     reason = stop_reason(runtime, campaign, position)
     best = None if campaign.best_attempt_id is None else runtime.store.attempt(campaign.best_attempt_id).metric
     over: TurnUpdate = {"attempt_id": attempt_id, "outcome": attempt.outcome, "best": best}
+    due = _due(runtime, campaign, position, reason)
+    if due is not None:
+        return {**over, "stage": due}
     if reason == ASKED:
         return {**over, "stage": "done", "stop_reason": ASKED}
-    return {**over, "stage": "finish" if reason else "done"}
+    if reason is not None:
+        return {**over, "stage": "finish"}
+    if distill_due(runtime, campaign, position.iteration - 1) == "waiting":
+        say_waiting(runtime, campaign, position.iteration - 1)
+    return {**over, "stage": "done"}
+
+
+def distill(runtime: Runtime, state: TurnState) -> TurnUpdate:
+    """Train the challenger on the history up to now; a race and a route may follow."""
+    update = distilling.distill(runtime, state)
+    return update if update.get("stop_reason") else _onward(runtime)
+
+
+def race(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
+    """Look back over the held-out turns for a challenger; whatever it meets, the campaign goes on."""
+    try:
+        racing.look_back(runtime, runtime.state())
+    except PauseRequested:
+        return {"stage": "done", "stop_reason": "paused"}
+    return _onward(runtime)
+
+
+def route(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
+    """Settle the duel that is over, and change the champion where the evidence, or a person, says so."""
+    campaign = runtime.state()
+    switching.route(runtime, campaign, runtime.store.next_stage(campaign.id))
+    return _onward(runtime)
 
 
 def finish(runtime: Runtime, state: TurnState) -> TurnUpdate:

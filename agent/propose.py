@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from overnight.agent.events import GridRefined, ProposalFailed, TurnStarted
-from overnight.agent.measure import series_of, stored_trials
+from overnight.agent import duels
+from overnight.agent.contest import stored_id
+from overnight.agent.duels import DuelTurn
+from overnight.agent.events import GridRefined, ProposalFailed, Proposed, TurnStarted
+from overnight.agent.measure import looks, series_of, stored_trials
 from overnight.agent.proposers.protocol import Answer, Ask, Observation
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
@@ -21,7 +24,7 @@ from overnight.agent.turns import (
     turn_prompt,
 )
 from overnight.store.errors import CampaignError, ProposerError
-from overnight.store.protocol import CampaignState, NewAttempt, Position
+from overnight.store.protocol import CampaignState, NewAttempt, Position, TrajectoryStore
 from overnight.store.tables import utc_now
 
 
@@ -36,8 +39,9 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         return _refine_or_finish(runtime, campaign)
     totals = runtime.store.knob_totals(campaign.id)
     turn = plan_turn(runtime, campaign, position, totals=totals, moves=moves)
-    metrics = series_of(stored_trials(runtime, campaign, campaign.baseline_config_id)).metrics
-    baseline_metric = math.fsum(metrics.values()) / len(metrics) if metrics else None
+    if turn.duel is not None and turn.duel.answers_stored:
+        return _ask(runtime, position, turn, *_stored_ask(runtime, campaign, position, turn.duel))
+    baseline_metric = _mean_metric(runtime, campaign, campaign.baseline_config_id)
     prompt = turn_prompt(
         runtime,
         campaign,
@@ -55,13 +59,38 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         baseline_metric=baseline_metric,
         moves=narrowed(moves, turn.knobs),
         rejections=rejections(runtime, campaign, position),
-        history=StoredHistory(runtime, campaign),
+        history=StoredHistory(runtime.store, campaign.id),
         seed=runtime.draw_seed("propose", position.iteration, position.try_no),
     )
-    return _ask(runtime, campaign, position, turn, ask)
+    return _ask(runtime, position, turn, ask, campaign.baseline_config_id)
 
 
-def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Turn, ask: Ask) -> TurnUpdate:
+def _mean_metric(runtime: Runtime, campaign: CampaignState, config_id: str) -> float | None:
+    metrics = series_of(looks(stored_trials(runtime, campaign, config_id))).metrics
+    return math.fsum(metrics.values()) / len(metrics) if metrics else None
+
+
+def _stored_ask(runtime: Runtime, campaign: CampaignState, position: Position, duel: DuelTurn) -> tuple[Ask, str]:
+    """Return what a duel's first side was asked, as it was then, with the baseline's id."""
+    first = duels.first_attempt(runtime, duel)
+    assert first.prompt_id is not None
+    assert first.baseline_config_id is not None
+    baseline = runtime.store.config_of(first.baseline_config_id)
+    ask = Ask(
+        iteration=position.iteration,
+        prompt=runtime.store.prompts_of([first.prompt_id])[first.prompt_id],
+        menu=runtime.campaign.menu,
+        direction=runtime.campaign.file.metric.direction,
+        baseline=baseline,
+        baseline_metric=_mean_metric(runtime, campaign, first.baseline_config_id),
+        moves=open_moves(runtime, campaign, baseline, before=first.iteration),
+        history=StoredHistory(runtime.store, campaign.id, before=first.id),
+        seed=runtime.draw_seed("propose", position.iteration, position.try_no),
+    )
+    return ask, first.baseline_config_id
+
+
+def _ask(runtime: Runtime, position: Position, turn: Turn, ask: Ask, baseline_config_id: str) -> TurnUpdate:
     where = {"iteration": position.iteration, "try_no": position.try_no}
     name = turn.proposer.name
     runtime.emit(TurnStarted(campaign=runtime.name, **where, proposer=name, role=turn.role))
@@ -73,15 +102,13 @@ def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Tu
         return {"stage": "done", "stop_reason": "paused"}
     except ProposerError as error:
         failed = error
-    assert campaign.baseline_config_id is not None
     with runtime.writing() as writer:
-        description = turn.proposer.describe()
         attempt_id = writer.attempt(
             NewAttempt(
                 **where,
                 role=turn.role,
-                proposer_id=writer.proposer(name, str(description.get("kind", name)), description),
-                baseline_config_id=campaign.baseline_config_id,
+                proposer_id=stored_id(writer, turn.proposer),
+                baseline_config_id=baseline_config_id,
                 prompt=ask.prompt,
                 audit=runtime.draw_unit("audit", position.iteration) < runtime.campaign.file.decision.audit,
                 request_event_id=turn.request[0] if turn.request else None,
@@ -95,6 +122,10 @@ def _ask(runtime: Runtime, campaign: CampaignState, position: Position, turn: Tu
                 started_at=started,
             )
         )
+        if turn.duel is not None:
+            duels.record(writer, position, turn.duel, attempt_id)
+    if answer is not None:
+        runtime.emit(Proposed(campaign=runtime.name, **where, proposer=name, latency_s=answer.latency_s))
     if failed is None:
         return {"stage": "check_rails", "attempt_id": attempt_id}
     runtime.emit(
@@ -108,7 +139,7 @@ def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:
 
     Raises:
         ProposerError: no answer. A proposer that answered before and now cannot be used is as good as away.
-        CampaignError: one that never answered cannot be used.
+        CampaignError: the champion of the campaign file never answered and cannot be used.
     """
     if turn.request is not None:
         return Answer(reply=request_reply(turn.request[1]), latency_s=0.0, settings={"requested": True})
@@ -120,7 +151,8 @@ def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:
         runtime.faults.began(fault, str(error), iteration=ask.iteration)
         raise
     except CampaignError as error:
-        if name not in runtime.answered:
+        named = turn.proposer is runtime.proposers[runtime.campaign.champion]
+        if named and name not in runtime.answered:
             raise
         runtime.faults.began(fault, str(error), iteration=ask.iteration)
         raise ProposerError(str(error), failure="llm_error") from error
@@ -141,12 +173,14 @@ def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
 
 
 class StoredHistory:
-    """Implements `History` over the store."""
+    """Implements `History` over the store, whole or as it was before an attempt."""
 
-    def __init__(self, runtime: Runtime, campaign: CampaignState) -> None:
-        self._runtime, self._campaign = runtime, campaign
+    def __init__(self, store: TrajectoryStore, campaign_id: int, *, before: int | None = None) -> None:
+        self._store, self._campaign_id, self._before = store, campaign_id, before
 
     def since(self, attempt_id: int) -> Iterator[Observation]:
         """Yield the attempts decided after `attempt_id`, oldest first."""
-        for row in self._runtime.store.measured_since(self._campaign.id, attempt_id):
+        for row in self._store.measured_since(self._campaign_id, attempt_id):
+            if self._before is not None and row.attempt_id >= self._before:
+                return
             yield Observation(row.attempt_id, row.config, row.metric, row.failure)

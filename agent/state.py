@@ -9,7 +9,9 @@ from overnight.store.records import Outcome
 ASKED = "asked"
 """What was asked of this run (`--iterations`, `--until`) is done, though the campaign's budget is not: it pauses and
 keeps its holdout."""
-StageName = Literal["calibrate", "propose", "check_rails", "train", "validate", "decide", "finish", "done"]
+StageName = Literal[
+    "calibrate", "propose", "check_rails", "train", "validate", "decide", "distill", "race", "route", "finish", "done"
+]
 
 
 class BudgetSpent(Exception):

@@ -1,6 +1,7 @@
 """Whose turn it is, what it may propose, and what it is told.
 
-The order: a person's request, the warm-up (each knob once), an exploring turn for the least tried knobs, the champion.
+The order: a duel's second turn, a person's request, the warm-up (each knob once), an exploring turn for the least tried
+knobs, a duel that was drawn for this turn, the predecessor of a champion on probation, the champion.
 Everything is derived from the store and from draws that the campaign's seed fixes, so that a resumed campaign plans
 what an undisturbed one would.
 """
@@ -11,7 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from overnight.agent import duels
 from overnight.agent.campaign import Campaign
+from overnight.agent.contest import is_contested
+from overnight.agent.contest import standing as standing_now
+from overnight.agent.duels import DuelTurn
 from overnight.agent.proposers.protocol import Proposer, Rejection
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.agent.runtime import Runtime
@@ -37,6 +42,8 @@ class Turn:
     """Only these knobs, or any."""
     request: tuple[int, Mapping[str, JsonValue]] | None = None
     """A person's proposal, by the id of its event."""
+    duel: DuelTurn | None = None
+    """The duel that this turn belongs to."""
 
 
 def plan_turn(
@@ -51,9 +58,14 @@ def plan_turn(
     earlier = runtime.store.attempts_of_turn(state.id, position.iteration) if position.try_no > 1 else ()
     if position.try_no >= MAX_TRIES or any(attempt.outcome == "failed" for attempt in earlier):
         return Turn("fallback", fallback(runtime))
+    standing = standing_now(runtime, state)
+    if is_contested(runtime):
+        duel = duels.under_way(runtime, state, position)
+        if duel is not None:
+            return Turn(f"duel_{duel.side}", duel.proposer, duel=duel)
     requests = runtime.store.pending_requests(state.id)
     if requests and position.try_no == 1:
-        return Turn("request", champion(runtime), request=requests[0])
+        return Turn("request", standing.champion, request=requests[0])
     router, tried = runtime.campaign.file.router, _tries(moves, totals)
     if router.warmup:
         untouched = tuple(knob for knob, count in tried.items() if count == 0)
@@ -62,12 +74,12 @@ def plan_turn(
     if runtime.draw_unit("explore", position.iteration) < router.explore:
         least = min(tried.values())
         return Turn("explore", fallback(runtime), knobs=tuple(knob for knob, count in tried.items() if count == least))
-    return Turn("champion", champion(runtime))
-
-
-def champion(runtime: Runtime) -> Proposer:
-    """Return the proposer that has the turn."""
-    return runtime.proposers[runtime.campaign.champion]
+    begins = duels.drawn(runtime, position, standing)
+    if begins is not None:
+        return Turn(f"duel_{begins.side}", begins.proposer, duel=begins)
+    if standing.predecessor is not None and duels.is_predecessors(position, standing):
+        return Turn("predecessor", standing.predecessor)
+    return Turn("champion", standing.champion)
 
 
 def fallback(runtime: Runtime) -> Proposer:
@@ -81,13 +93,18 @@ def _tries(moves: Sequence[Change], totals: Sequence[KnobTotal]) -> dict[str, in
     return tried | {total.knob: total.proposed for total in totals if total.knob in tried}
 
 
-def open_moves(runtime: Runtime, state: CampaignState, baseline: Config) -> tuple[Change, ...]:
-    """Return the legal one-knob changes that every rail would let through now, in the menu's order."""
+def open_moves(
+    runtime: Runtime, state: CampaignState, baseline: Config, *, before: int | None = None
+) -> tuple[Change, ...]:
+    """Return the legal one-knob changes that every rail would let through, in the menu's order.
+
+    `before` asks for those that were open before a turn: what was measured in it or later does not count as tried.
+    """
     menu = runtime.campaign.menu
     moves = list(menu.moves(baseline, refinement=state.refinement))
     configs = [menu.apply(baseline, move) for move in moves]
     if "R6_novelty" not in runtime.campaign.file.rails.skip:
-        done = runtime.earlier(state, configs)
+        done = runtime.earlier(state, configs, before=before)
         moves = [move for move, words in zip(moves, done, strict=True) if words is None]
     rails = [rail for rail in runtime.rails(state) if rail.id != "R6_novelty"]
     return tuple(move for move in moves if not any(rail.check(_candidate(runtime, baseline, move)) for rail in rails))

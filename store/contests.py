@@ -222,13 +222,16 @@ class HeldOutTurn:
     iteration: int
     try_no: int
     role: str
+    proposer: str
     proposer_id: int
     prompt_id: str | None
     baseline_config_id: str
+    baseline_metric: float | None
     reply: str | None
     knob: str | None
     new_value: str | None
     config_id: str | None
+    rail: str | None
     outcome: str
     gain: float | None
     proposal_latency_s: float | None
@@ -294,6 +297,14 @@ class ContestReader(Protocol):
         """Return who stands where."""
         ...
 
+    def newest_adapter(self, campaign_id: int, proposer: str) -> tuple[int, str, str] | None:
+        """Return distillation, version and folder of a student's newest adapter."""
+        ...
+
+    def adapter_folder(self, campaign_id: int, proposer: str, version: str) -> str | None:
+        """Return the folder of an adapter: `v3` of this campaign's student, or `other/v3` of another campaign's."""
+        ...
+
     def last_duel(self, campaign_id: int) -> Duel | None:
         """Return the newest duel."""
         ...
@@ -316,8 +327,8 @@ class ContestReader(Protocol):
         """Return the newest finished race that was run for a challenger."""
         ...
 
-    def race_of(self, distillation_id: int) -> Race | None:
-        """Return the newest race over the turns that a distillation held out."""
+    def open_race(self, campaign_id: int, challenger_id: int | None) -> Race | None:
+        """Return the newest race, if it was run for this challenger and is not over."""
         ...
 
     def race_items(self, race_id: int) -> Sequence[RaceItem]:

@@ -35,6 +35,8 @@ from overnight.store.sql_learning import screening_gains
 from overnight.store.tables import (
     AliasRow,
     AttemptRow,
+    CampaignRow,
+    DistillationRow,
     DuelRow,
     EventRow,
     PromotionRow,
@@ -56,6 +58,17 @@ def _columns(table: type[Table], record: type[Any]) -> Select[Any]:
 
 _DUELS = _columns(DuelRow, Duel)
 _LAST_DUEL = _DUELS.where(DuelRow.campaign_id == bindparam("campaign")).order_by(DuelRow.iteration.desc()).limit(1)
+_NEWEST_ADAPTER = (
+    select(DistillationRow.id, DistillationRow.version, DistillationRow.adapter)
+    .where(
+        DistillationRow.campaign_id == bindparam("campaign"),
+        DistillationRow.proposer == bindparam("student"),
+        DistillationRow.version.is_not(None),
+        DistillationRow.adapter.is_not(None),
+    )
+    .order_by(DistillationRow.id.desc())
+    .limit(1)
+)
 _RACES = _columns(RaceRow, Race)
 _PROMOTIONS = _columns(PromotionRow, Promotion)
 _CONTESTANTS = select(ProposerRow.id, ProposerRow.name, ProposerRow.kind, ProposerRow.description)
@@ -115,6 +128,26 @@ class SqlContestReads:
         )
         return {cast(Alias, row["alias"]): _contestant(row) for row in self._rows(query)}
 
+    def newest_adapter(self, campaign_id: int, proposer: str) -> tuple[int, str, str] | None:
+        """Return distillation, version and folder of a student's newest adapter."""
+        row = self._one(_NEWEST_ADAPTER, {"campaign": campaign_id, "student": proposer})
+        return None if row is None else (row["id"], f"v{row['version']}", row["adapter"])
+
+    def adapter_folder(self, campaign_id: int, proposer: str, version: str) -> str | None:
+        """Return the folder of an adapter: `v3` of this campaign's student, or `other/v3` of another campaign's."""
+        other, _, own = version.rpartition("/")
+        number = own.removeprefix("v")
+        if not number.isdecimal():
+            return None
+        whose = (
+            (DistillationRow.campaign_id == campaign_id) & (DistillationRow.proposer == proposer)
+            if not other
+            else DistillationRow.campaign_id.in_(select(CampaignRow.id).where(CampaignRow.name == other))
+        )
+        query = select(DistillationRow.adapter).where(whose, DistillationRow.version == int(number))
+        row = self._one(query.order_by(DistillationRow.id.desc()).limit(1))
+        return None if row is None else cast(str | None, row["adapter"])
+
     def last_duel(self, campaign_id: int) -> Duel | None:
         """Return the newest duel."""
         row = self._one(_LAST_DUEL, {"campaign": campaign_id})
@@ -158,11 +191,11 @@ class SqlContestReads:
         row = self._one(query.order_by(RaceRow.id.desc()).limit(1))
         return None if row is None else Race(**row)
 
-    def race_of(self, distillation_id: int) -> Race | None:
-        """Return the newest race over the turns that a distillation held out."""
-        query = _RACES.where(RaceRow.distillation_id == distillation_id)
-        row = self._one(query.order_by(RaceRow.id.desc()).limit(1))
-        return None if row is None else Race(**row)
+    def open_race(self, campaign_id: int, challenger_id: int | None) -> Race | None:
+        """Return the newest race, if it was run for this challenger and is not over."""
+        row = self._one(_RACES.where(RaceRow.campaign_id == campaign_id).order_by(RaceRow.id.desc()).limit(1))
+        found = None if row is None else Race(**row)
+        return found if found and found.ended_at is None and found.challenger_id == challenger_id else None
 
     def race_items(self, race_id: int) -> Sequence[RaceItem]:
         """Return a race's draws, by turn, proposer and draw."""
@@ -181,8 +214,10 @@ class SqlContestReads:
         query = (
             select(
                 AttemptRow.id.label("attempt_id"),
-                *(getattr(AttemptRow, name).label(name) for name in HeldOutTurn.__slots__ if name != "attempt_id"),
+                ProposerRow.name.label("proposer"),
+                *(getattr(AttemptRow, name).label(name) for name in HeldOutTurn.__slots__[1:] if name != "proposer"),
             )
+            .join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
             .where(own, AttemptRow.iteration > after, AttemptRow.iteration <= until)
             .order_by(AttemptRow.iteration, AttemptRow.try_no)
         )

@@ -114,6 +114,15 @@ class Proposer(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewindable(Protocol):
+    """A proposer that remembers history in memory, and can begin anew: a race asks about the past."""
+
+    def rewound(self) -> Proposer:
+        """Return the same proposer without memory; what it holds open is shared."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposerContext:
     """What a campaign hands to each proposer that it builds."""

@@ -143,6 +143,10 @@ class OptunaProposer:
         """Return the kind and the sampler."""
         return {"kind": "optuna", "sampler": self._settings.sampler, "moves": self._settings.moves}
 
+    def rewound(self) -> OptunaProposer:
+        """Return one that has seen no history yet."""
+        return type(self)(self.name, self._settings)
+
     def close(self) -> None:
         """Drop the study; the next ask rebuilds it."""
         self._replica = None

@@ -72,7 +72,8 @@ class StudentProposer:
         """The process with the base model, which trains its adapters too."""
         self._settings = settings
         self._menu = menu
-        self._adapter = adapter
+        self.adapter = adapter
+        """The folder of the adapter that it answers with; None: the base model as it is."""
         self._version = version
         self._seen = SeenConfigs(menu) if settings.neighbours else None
 
@@ -106,6 +107,12 @@ class StudentProposer:
             self.name, self._settings, self.host, menu=self._menu, adapter=folder.absolute(), version=description
         )
 
+    def rewound(self) -> Self:
+        """Return the same student, in the same process, that has seen no history yet."""
+        return type(self)(
+            self.name, self._settings, self.host, menu=self._menu, adapter=self.adapter, version=self._version
+        )
+
     def propose(self, ask: Ask) -> Answer:
         """Answer with one change; the first call loads the model.
 
@@ -129,7 +136,7 @@ class StudentProposer:
     def _score(self, ask: Ask) -> Answer:
         changes = candidates(ask, self._seen)
         texts = [candidate_text(change) for change in changes]
-        found = self.host.score(ask.prompt, texts, deadline_s=self._settings.deadline_s, adapter=self._adapter)
+        found = self.host.score(ask.prompt, texts, deadline_s=self._settings.deadline_s, adapter=self.adapter)
         chances = probabilities(found.log_probs, self._settings.temperature)
         scored = [Scored(change, chance) for change, chance in zip(changes, chances, strict=True)]
         chosen = draw(scored, ask.seed)
@@ -151,7 +158,7 @@ class StudentProposer:
             max_new_tokens=self._settings.max_new_tokens,
             seed=ask.seed,
             deadline_s=self._settings.deadline_s,
-            adapter=self._adapter,
+            adapter=self.adapter,
         )
         return Answer(
             reply=found.text,
