@@ -51,6 +51,18 @@ class ChatEncoder:
             self._known[text] = tuple(self._encode(text, special=False))
         return [self._known[text] for text in texts]
 
+    def ending(self) -> tuple[int, ...]:
+        """Return the tokens that end a reply: up to the template's first special token, or the end of text."""
+        end = self._tokenizer.eos_token_id
+        if self._tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+            rendered = self._tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = self._encode(rendered.rsplit(_SENTINEL, 1)[1], special=True)
+            special = [place for place, token in enumerate(ids) if token in self._tokenizer.all_special_ids]
+            if special:
+                return tuple(ids[: special[0] + 1])
+        return () if end is None else (int(end),)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated tokens, without special ones."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
