@@ -116,4 +116,5 @@ def _verdict(
         gain_low=mean - half,
         gain_high=mean + half,
         seeds=n,
+        fresh_data=runtime.info is None or runtime.info.holdout_data,
     )

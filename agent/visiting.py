@@ -67,6 +67,8 @@ class Visitor:
         if name == "finish" and not came_here:
             state = {**state, "stop_reason": None}  # an earlier invocation's
         update = passed_on(self.runtime, name, state) or node(self.runtime, state)
+        if name == "propose":
+            update = {"veto": None, **update}  # the last one was about another proposal
         leaves = update.get("stage") not in ("calibrate", *STAGES)
         if leaves and (name in ("calibrate", *STAGES) or not came_here):
             update = {**self._nothing(), **update}
@@ -125,7 +127,7 @@ def passed_on(runtime: Runtime, name: StageName, state: TurnState) -> TurnUpdate
             return turn_result(runtime, iteration, stage)
     if stage not in STAGES or position.attempt_id is None:
         return {"stage": stage}
-    return {"stage": stage, "attempt_id": position.attempt_id, "veto": None}
+    return {"stage": stage, "attempt_id": position.attempt_id}
 
 
 def turn_result(runtime: Runtime, iteration: int, stage: StageName) -> TurnUpdate:

@@ -10,14 +10,17 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from overnight.report.analysis import Analysis, Turn
 from overnight.report.charts import charts
 from overnight.report.story import duration, findings, headline, percent
+from overnight.store.errors import StoreError
 
 LAST_TURNS = 30
 MOST_KEPT = 60
@@ -52,6 +55,24 @@ def render_report(found: Analysis) -> str:
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         seconds=duration,
     )
+
+
+def write_page(page: str, target: Path) -> Path:
+    """Write beside the target and rename: the file is whole or as it was.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        partial.replace(target)
+    except OSError as error:
+        raise StoreError(f"cannot write `{target}`: {error.strerror or error}; give another path") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return target
 
 
 def _kept(found: Analysis) -> list[Turn]:

@@ -106,8 +106,9 @@ def _holdout(found: Analysis) -> Iterator[str]:
     elif "gain_low" in looked:
         low, high = looked["gain_low"], looked["gain_high"]
         verdict = "holds" if low > 0 else "is not certain"
+        where = "Locked holdout" if looked.get("fresh_data", True) else "Fresh seeds, on data that decisions saw"
         yield (
-            f"Locked holdout: the gain {verdict}: {percent(found, looked['gain'])}, 95% interval "
+            f"{where}: the gain {verdict}: {percent(found, looked['gain'])}, 95% interval "
             f"{percent(found, low)} to {percent(found, high)}, {looked['seeds']} paired seeds."
         )
     else:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from overnight.store.database import check_revision, database_url, existing_file
-from overnight.store.errors import QueryError, StoreError
+from overnight.store.errors import InputError, QueryError, StoreError
+
+if TYPE_CHECKING:
+    import pandas
 
 TIMEOUT_S = 30.0
 MAX_ROWS = 100_000
@@ -34,11 +38,30 @@ _MAX_REREADS = 5
 
 @dataclass(frozen=True, slots=True)
 class QueryResult:
-    """Rows of a query; `cut` says which limit cut them, or is None when they are all there."""
+    """Rows of a query, each a mapping by column when iterated over."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     cut: str | None
+    """Which limit cut them, or None when they are all there."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return them as a pandas frame.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise InputError("`to_frame` needs pandas; `pip install 'overnight[pandas]'`") from error
+        return pandas.DataFrame([list(row) for row in self.rows], columns=list(self.columns))
 
 
 def query(where: str | Path, statement: str, *, timeout_s: float = TIMEOUT_S, max_rows: int = MAX_ROWS) -> QueryResult:

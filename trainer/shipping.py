@@ -8,6 +8,7 @@ CUDA context or an event loop do not survive one.
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import sys
@@ -67,14 +68,29 @@ def unpacked_trainer(message: Mapping[str, Any], context: TrainerContext) -> Fun
 def _pack(function: Objective, name: str) -> bytes:
     import cloudpickle
 
+    # A worker cannot import the module of a notebook, of a test, or one that was loaded from a file: it travels whole.
+    module = inspect.getmodule(function)
+    travels = module is not None and module.__name__ != "__main__" and not _is_importable(module.__name__)
     try:
-        packed: bytes = cloudpickle.dumps(function)
+        if travels:
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            packed: bytes = cloudpickle.dumps(function)
+        finally:
+            if travels:
+                cloudpickle.unregister_pickle_by_value(module)
     except Exception as error:  # whatever somebody's object does when it is asked to pack itself
         raise InputError(
             f"`{name}` cannot be sent to the trial worker: {error}; make what it holds (a lock, an open file, a "
             "connection) inside the function"
         ) from error
     return packed
+
+
+def _is_importable(name: str) -> bool:
+    """Whether a process that searches where this one does finds the module's package, loaded here or not."""
+    root = name.partition(".")[0]
+    return any(finder.find_spec(root, None) is not None for finder in sys.meta_path)
 
 
 def _unpack(descriptor: int, path: list[str]) -> Objective:

@@ -76,7 +76,8 @@ def describe(event: events.Event, campaign: Campaign) -> str | None:
             return "every legal change was tried: ranges are gridded finer"
         case events.HoldoutMeasured():
             low, high = gain_text(campaign, event.gain_low), gain_text(campaign, event.gain_high)
-            return f"locked holdout: gain {gain_text(campaign, event.gain)} (95% interval {low} to {high})"
+            where = "locked holdout" if event.fresh_data else "fresh seeds"
+            return f"{where}: gain {gain_text(campaign, event.gain)} (95% interval {low} to {high})"
         case events.HoldoutSkipped():
             return f"locked holdout: {event.reason}"
         case events.Finished():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from overnight.agent.cli.options import campaign_in, db_option
 from overnight.store.database import database_url, existing_file
-from overnight.store.errors import InputError, StoreError
+from overnight.store.errors import InputError
 from overnight.store.reading import query
 from overnight.store.sql_store import SqlStore
 
@@ -21,7 +20,7 @@ from overnight.store.sql_store import SqlStore
 def report(campaign: str, output: Path | None, db: str) -> None:
     """Write CAMPAIGN's story as one HTML file that needs no network."""
     from overnight.report.analysis import analyse
-    from overnight.report.page import render_report
+    from overnight.report.page import render_report, write_page
     from overnight.report.story import headline
 
     store = SqlStore.open(db)
@@ -30,22 +29,9 @@ def report(campaign: str, output: Path | None, db: str) -> None:
     finally:
         store.close()
     target = output or Path(f"{found.name}.html")
-    _write(target, render_report(found))
+    write_page(render_report(found), target)
     click.echo(headline(found))
     click.echo(f"wrote {target}", err=True)
-
-
-def _write(target: Path, page: str) -> None:
-    """Write beside the target and rename: the file is whole or as it was."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(target)
-    except OSError as error:
-        raise StoreError(f"cannot write `{target}`: {error.strerror or error}; give another `-o`") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 @click.command()
