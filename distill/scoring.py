@@ -233,6 +233,7 @@ class MenuScorer:
     def _make_room(self, keys: int) -> None:
         if keys > self._cache.capacity:
             self._graphs.clear()  # they write where the cache was
+            self._pool = None  # a pool that no graph holds cannot be captured into again
             self._cache.grow(-(-keys // GROWTH) * GROWTH)
 
     def _bucket(self, length: int, size: int) -> int:
