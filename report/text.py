@@ -17,7 +17,7 @@ MAX_CELL = 120
 
 def text_report(found: Analysis) -> str:
     """Return the report; a text that a model or a script wrote is cut and kept to one cell."""
-    parts = [f"# {found.name}", headline(found), *(f"- {sentence}" for sentence in findings(found))]
+    parts = [f"# {found.name}\n", f"{headline(found)}\n", *(f"- {sentence}" for sentence in findings(found))]
     kept = [turn for turn in found.turns if turn.outcome == "kept"]
     best = sorted(kept, key=lambda turn: -(turn.gain if turn.gain is not None else -1e9))[:MOST_KEPT]
     metric = found.stats["metric_name"]

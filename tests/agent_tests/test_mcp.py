@@ -182,7 +182,7 @@ def test_the_schema_explains_every_column_of_the_views(agent: Agent) -> None:
 
 def test_the_report_is_readable_text(agent: Agent) -> None:
     text = agent.read("overnight://campaigns/c/report")
-    assert text.startswith("# c\n2 turns, 1 kept. Best: a = 0.25 in turn 1")
+    assert text.startswith("# c\n\n2 turns, 1 kept. Best: a = 0.25 in turn 1")
     assert "| 1 | random | a = 0.25 |" in text
 
 
