@@ -104,6 +104,12 @@ class Campaign:
             ) from error
 
 
+def renamed(campaign: Campaign, name: str) -> Campaign:
+    """Return the campaign under another name."""
+    section = campaign.file.campaign.model_copy(update={"name": name})
+    return replace(campaign, file=campaign.file.model_copy(update={"campaign": section}))
+
+
 def frozen_part(spec: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the keys of FROZEN out of a file's plain data."""
     part: dict[str, JsonValue] = {}

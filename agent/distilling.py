@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -91,10 +92,13 @@ def only_student(runtime: Runtime) -> StudentProposer:
     )
 
 
-def train_student(runtime: Runtime, student: StudentProposer, iteration: int) -> NewDistillation:
+def train_student(
+    runtime: Runtime, student: StudentProposer, iteration: int, *, refuse: bool = False
+) -> NewDistillation:
     """Build the corpus, train, and record the distillation, a failed one too; old adapters are pruned after it.
 
     Raises:
+        CorpusRefusedError: with `refuse`, the history cannot teach yet; nothing is recorded.
         PauseRequested: a pause that cannot wait; nothing is recorded.
         LeaseLostError, StoreError: as every write.
     """
@@ -109,7 +113,11 @@ def train_student(runtime: Runtime, student: StudentProposer, iteration: int) ->
         version = next_version(runtime.store, runtime.state())
         folder = adapter_folder(runtime.store, runtime.name, version)
         trained = _train(runtime, student, corpus, iteration, folder)
-    except (CorpusRefusedError, CampaignError, ProposerError, AssertionError) as error:
+    except CorpusRefusedError as refused:
+        if refuse:
+            raise
+        failure = str(refused)
+    except (CampaignError, ProposerError, AssertionError) as error:
         failure = " ".join(str(error).split())
     new = NewDistillation(
         iteration=iteration,
@@ -144,6 +152,18 @@ def corpus_of(runtime: Runtime) -> Corpus:
         with runtime.writing() as writer:
             reconstruct_prompts(runtime.store, state, frame, writer)
     return build_corpus(runtime.store, state, frame, corpus_settings(runtime.campaign))
+
+
+def stored_corpus(store: TrajectoryStore, campaign: Campaign) -> Corpus:
+    """Return the corpus of all stored prompts, however few there are; writes nothing and renders nothing.
+
+    Raises:
+        CorpusRefusedError: no measured turn has a prompt, or none is left to train on.
+    """
+    state = store.campaign(campaign.name)
+    assert state is not None
+    anything = replace(corpus_settings(campaign), min_rows=1, min_knobs=1, min_pairs=1, max_share=1.0, augment=())
+    return build_corpus(store, state, prompt_frame(campaign), anything)
 
 
 def corpus_settings(campaign: Campaign) -> CorpusSettings:

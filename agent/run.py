@@ -80,15 +80,22 @@ def open_runtime(
     proposers: Mapping[str, Proposer] | None = None,
     rails: Sequence[Rail] = (),
     hooks: Sequence[Hooks] = (),
+    runs_trials: bool = True,
 ) -> Runtime:
     """Put together what a campaign runs with, building what the caller did not bring; starts no process.
 
+    Without trials to run, an imported history goes with any file: nothing has to compare with it.
+
     Raises:
         CampaignError: a trainer or proposer setting is wrong, or a key changed that may not change.
+        NotAllowedError: the file wants something of this machine that nobody has allowed it.
     """
-    check_frozen(campaign, store)
+    require(campaign, "brief")
+    if runs_trials or not is_imported(store.campaign(campaign.name)):
+        check_frozen(campaign, store)
     heartbeat = Heartbeat()
-    trainer = trainer or host_trainer(campaign, heartbeat)
+    if not isinstance(trainer, Trainer):
+        trainer = host_trainer(campaign, heartbeat, trainer)
     runtime = Runtime(
         campaign=campaign,
         store=store,
@@ -161,6 +168,13 @@ def prepared(campaign: Campaign, trainer: Trainer) -> TrainerInfo:
         return trainer.prepare()
     except CampaignError as error:
         raise CampaignError(f"{campaign.path}: {error}") from error
+
+
+def is_imported(state: CampaignState | None) -> bool:
+    """Whether a campaign's history came from a file."""
+    from overnight.store.trajectory import IMPORTED
+
+    return state is not None and state.stop_reason == IMPORTED
 
 
 def check_frozen(campaign: Campaign, store: TrajectoryStore) -> None:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "show": "asking:show",
     "import": "trajectory:import_command",
     "export": "trajectory:export_command",
+    "distill": "learning:distill",
     "report": "reporting:report",
     "serve": "reporting:serve",
     "mcp": "mcp:mcp",

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from overnight.agent import events
 from overnight.agent.campaign import Campaign
+from overnight.agent.cli.learning_lines import describe_learning, distill_bar
 
 LAST_DECISIONS = 6
 _STYLE = {"kept": "bold green", "reverted": "default", "blocked": "yellow", "failed": "red"}
@@ -82,7 +83,7 @@ def describe(event: events.Event, campaign: Campaign) -> str | None:
             return f"locked holdout: {event.reason}"
         case events.Finished():
             return f"finished after {event.iterations} turns: {event.stop_reason}"
-    return None
+    return describe_learning(event)
 
 
 def decision_text(event: events.Decided, campaign: Campaign) -> str:
@@ -126,6 +127,7 @@ class LivePanel:
         self._turn, self._stage, self._note = 0, "starting", ""
         self._trial: events.TrialStarted | None = None
         self._step: events.TrialStepped | None = None
+        self._learning: events.DistillStepped | None = None
         self._best: events.Decided | None = None
         self._baseline: events.Calibrated | None = None
         self._counts = dict.fromkeys(("kept", "reverted", "blocked", "failed"), 0)
@@ -152,6 +154,12 @@ class LivePanel:
             case events.TurnStarted():
                 self._turn, self._stage = event.iteration, f"{event.proposer} proposes ({event.role})"
                 self._trial = None
+            case events.DistillStarted():
+                self._stage, self._trial = f"distilling {event.contestant}", None
+            case events.DistillStepped():
+                self._learning = event
+            case events.Distilled() | events.DistillFailed():
+                self._learning, self._stage = None, "starting"
             case events.Accepted():
                 self._stage = f"{event.knob}: {event.old_value} -> {event.new_value}"
             case events.Calibrated():
@@ -194,6 +202,8 @@ class LivePanel:
         )
 
     def _trial_row(self) -> tuple[RenderableType, RenderableType]:
+        if self._learning is not None:
+            return "distill", distill_bar(self._learning)
         if self._trial is None or self._step is None:
             return "trial", Text(self._stage)
         step, total = self._step.step, self._step.steps

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from overnight.agent.campaign import Campaign, load_campaign
+from overnight.agent.campaign import Campaign, load_campaign, renamed
+from overnight.agent.cli.learning_lines import learning_state
 from overnight.agent.cli.options import (
     DEFAULT_DB,
     campaign_in,
@@ -52,7 +52,7 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
     store = SqlStore.open(db, create=True)
     try:
         name = next_name(store, loaded.name) if fresh else newest_name(store, loaded.name, loaded.path)
-        loaded = _named(loaded, name)
+        loaded = renamed(loaded, name)
         hook = progress_hook(loaded)
         switch = PauseSwitch(on_signal=hook.on_signal)
         runtime = open_runtime(loaded, store, hooks=[hook])
@@ -95,12 +95,6 @@ def _check_first(campaign: Campaign, db: str) -> None:
 def _checkpoints(db: str, name: str) -> Path | None:
     """LangGraph's checkpoints lie beside a SQLite store; with another database none are kept."""
     return None if "://" in db else Path(f"{db}.{name}.checkpoints")
-
-
-def _named(campaign: Campaign, name: str) -> Campaign:
-    """Return the campaign under another name."""
-    section = campaign.file.campaign.model_copy(update={"name": name})
-    return replace(campaign, file=campaign.file.model_copy(update={"campaign": section}))
 
 
 def _finished_line(state: CampaignState) -> str:
@@ -225,7 +219,7 @@ def status(campaign: str | None, db: str, form: str) -> None:
 
 STATUS_COLUMNS = (
     "campaign", "status", "turn", "turns", "stage", "kept", "best_metric", "best_gain", "since_keep", "trial_hours",
-    "energy_kwh", "running_since", "running_as", "stop_reason",
+    "energy_kwh", "running_since", "running_as", "stop_reason", "learning",
 )  # fmt: skip
 
 
@@ -254,4 +248,5 @@ def status_row(store: SqlStore, name: str) -> list[object]:
         state.lease_since if alive else None,
         state.lease_owner if alive else None,
         state.stop_reason,
+        learning_state(store, state),
     ]

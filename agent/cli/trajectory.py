@@ -17,6 +17,7 @@ from overnight.store.sql_store import SqlStore
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from overnight.agent.campaign import Campaign
     from overnight.store.hashing import JsonValue
 
 SHOWN = 20
@@ -25,7 +26,7 @@ SHOWN = 20
 
 @click.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", help="What to call the campaign; the file's name without its ending if left out.")
+@click.option("--name", help="What to call the campaign; if left out, as `--campaign` does, or as the file.")
 @click.option(
     "--campaign", "folder", metavar="DIR", help="Its campaign file: the menu, without which coverage is NULL."
 )
@@ -39,12 +40,13 @@ def import_command(*, file: Path, name: str | None, folder: str | None, new: str
     from overnight.agent.campaign_file import NAME_PATTERN
     from overnight.store.trajectory import import_trajectory
 
-    if str(file) == "-" and name is None:
+    of = None if folder is None else _loaded(folder)
+    if str(file) == "-" and name is None and of is None:
         raise InputError("standard input has no name; give `--name`")
-    called = name or file.stem
+    called = name or (file.stem if of is None else of.name)
     if not re.fullmatch(NAME_PATTERN, called):
         raise InputError(f"`{called}` cannot be a campaign's name: letters, digits, `_`, `.`, `-`; give `--name`")
-    menu = None if folder is None else _menu(folder)
+    menu = None if of is None else _menu(of)
     with _opened(file) as lines:
         store = SqlStore.open(db, create=True)
         try:
@@ -83,10 +85,14 @@ def _seed(file: Path, folder: str, name: str | None, db: str) -> None:
     click.echo(f"campaign `{campaign.name}` begins with what {taken} attempts of {file} found", err=True)
 
 
-def _menu(folder: str) -> Mapping[str, JsonValue]:
+def _loaded(folder: str) -> Campaign:
     from overnight.agent.campaign import load_campaign
 
-    knobs = load_campaign(folder).spec()["knobs"]
+    return load_campaign(folder)
+
+
+def _menu(campaign: Campaign) -> Mapping[str, JsonValue]:
+    knobs = campaign.spec()["knobs"]
     assert isinstance(knobs, dict)
     return knobs
 
@@ -104,15 +110,19 @@ def _opened(file: Path) -> AbstractContextManager[BinaryIO]:
 @click.command("export")
 @click.argument("campaign")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A file; standard output if left out.")
-@click.option("--format", "form", type=click.Choice(["trajectory"]), default="trajectory", show_default=True)
+@click.option("--format", "form", type=click.Choice(["trajectory", "chat"]), default="trajectory", show_default=True)
 @db_option
-def export_command(campaign: str, output: Path | None, form: str, db: str) -> None:  # noqa: ARG001
-    """Write CAMPAIGN as JSONL, which `overnight import` takes in again."""
+def export_command(campaign: str, output: Path | None, form: str, db: str) -> None:
+    """Write CAMPAIGN as JSONL: a trajectory, which `overnight import` takes in again, or its corpus as conversations.
+
+    `chat` is what TRL and axolotl train on; it reads the campaign's file, for `[distill]` says what is held out.
+    """
     from overnight.store.trajectory_export import export_trajectory
 
     store = SqlStore.open(db)
     try:
-        lines = export_trajectory(store, campaign_in(store, campaign).name)
+        state = campaign_in(store, campaign)
+        lines = export_trajectory(store, state.name) if form == "trajectory" else _conversations(store, campaign)
         if output is None:
             for line in lines:
                 sys.stdout.buffer.write(line.encode())
@@ -121,6 +131,15 @@ def export_command(campaign: str, output: Path | None, form: str, db: str) -> No
             _write(output, lines)
     finally:
         store.close()
+
+
+def _conversations(store: SqlStore, campaign: str) -> Iterator[str]:
+    from overnight.agent.cli.learning import stored_file
+    from overnight.agent.distilling import stored_corpus
+    from overnight.distill.chat_export import chat_lines
+
+    file = stored_file(store, campaign)
+    return chat_lines(stored_corpus(store, file), campaign=file.name)
 
 
 def _write(output: Path, lines: Iterator[str]) -> None:
