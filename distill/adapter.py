@@ -62,7 +62,7 @@ class AdapterRecord(Model):
     """Content address of the base model's weights."""
     licence: str
     """Of the base model; the adapter is bound by it too."""
-    facts: dict[str, object]
+    facts: Mapping[str, object]
     """`AdapterFacts`: campaign, version, objective, corpus hash, cut, corpus report, augmentation."""
     recipe: dict[str, object]
     """`LoraRecipe`."""
@@ -87,28 +87,38 @@ class AdapterRecord(Model):
         return self.files[WEIGHTS]
 
 
+def refuse_existing(folder: Path) -> None:
+    """Check that nothing would be overwritten.
+
+    Raises:
+        CampaignError: the folder is there already.
+    """
+    if folder.exists():
+        raise CampaignError(f"adapter `{folder}` is there already, and adapters are never overwritten; move it away")
+
+
 def write_adapter(
     folder: Path, write: Callable[[Path], None], record: Callable[[dict[str, str]], AdapterRecord]
-) -> str:
-    """Write an adapter so that `folder` appears whole or not at all; return the hash of its weights.
+) -> AdapterRecord:
+    """Write an adapter so that `folder` appears whole or not at all; return its record.
 
     Args:
         folder: must not exist.
-        write: writes `WEIGHTS`, `CONFIG` and the model card into the folder that it is given.
+        write: writes `WEIGHTS` and `CONFIG` into the folder that it is given.
         record: makes the record from the hashes of what was written.
 
     Raises:
         CampaignError: the folder is there already: adapters are never overwritten.
         ProposerError: the disk is full or cannot be written; nothing is left of the new adapter.
     """
-    if folder.exists():
-        raise CampaignError(f"adapter `{folder}` is there already, and adapters are never overwritten; move it away")
+    refuse_existing(folder)
     unfinished: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         write(unfinished)
         made = record({name: _sha256(unfinished / name) for name in (CONFIG, WEIGHTS)})
+        (unfinished / CARD).write_text(model_card(made), encoding="utf-8")
         (unfinished / RECORD).write_text(made.model_dump_json(indent=2) + "\n")
         for file in unfinished.iterdir():
             _flush(file)
@@ -124,7 +134,36 @@ def write_adapter(
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return made.sha256
+    return made
+
+
+def model_card(record: AdapterRecord) -> str:
+    """Return the `README.md` of an adapter: what it is, for people and for hubs."""
+    facts, recipe = record.facts, record.recipe
+    held_out = "no rows were held out"
+    if record.held_out_before is not None and record.held_out_after is not None:
+        held_out = f"{record.held_out_before:.4f} before, {record.held_out_after:.4f} after"
+    losses = ", ".join(f"{loss:.4f}" for loss in record.losses)
+    return f"""---
+base_model: {json.dumps(record.base_model)}
+library_name: peft
+license: other
+license_name: {json.dumps(record.licence)}
+tags: [lora, overnight]
+---
+
+# {facts["campaign"]} {facts["version"]}
+
+A LoRA adapter that proposes the next experiment of the campaign `{facts["campaign"]}`, trained by overnight on that
+campaign's own history up to turn {facts["cut"]}. Made for that campaign's prompts; not meant for anything else.
+
+- Base model: `{record.base_model}`. Its licence binds this adapter too: **{record.licence}**.
+- Objective: {facts["objective"]}; {record.rows} rows, {record.steps} steps.
+- Loss by epoch: {losses}. On held-out rows: {held_out}.
+- LoRA r={recipe["r"]}, alpha={recipe["alpha"]}, dropout={recipe["dropout"]}; {record.wall_s:.1f} s on {record.device}.
+
+`{RECORD}` holds all of it, with the hashes of these files.
+"""
 
 
 def read_record(folder: Path) -> AdapterRecord:

@@ -29,6 +29,11 @@ class BaseModel:
     sha256: str | None = None
     """What the file must hash to, where that was pinned."""
 
+    @property
+    def name(self) -> str:
+        """What people call it: the bundled model's name, a hub id, or a path."""
+        return bundled.NAME if self.sha256 == bundled.SHA256 else self.where
+
     def plain(self) -> Mapping[str, str | None]:
         """Return the fields, to send them to the model host."""
         return asdict(self)

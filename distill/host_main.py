@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from overnight.distill.base import BaseModel
+from overnight.distill.lora import News
 from overnight.distill.resident import Resident
+from overnight.distill.training import Order
 from overnight.distill.wire import (
     ErrorKind,
     ErrorReply,
@@ -28,6 +30,8 @@ from overnight.distill.wire import (
     LoadedReply,
     MemoryReply,
     ScoredReply,
+    TrainedReply,
+    TrainingReply,
     WrittenReply,
 )
 from overnight.store.errors import CampaignError, ProposerError
@@ -40,6 +44,7 @@ class _Host:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._base: BaseModel
         self._resident: Resident | None = None
 
     def answer(self, question: Mapping[str, Any]) -> None:
@@ -68,6 +73,8 @@ class _Host:
                 how = {key: question[key] for key in ("temperature", "max_new_tokens", "seed")}
                 text, given, written = self._model().generate(question["messages"], question["adapter"], **how)
                 return WrittenReply(call=call, text=text, prompt_tokens=given, completion_tokens=written)
+            case "train":
+                return self._train(call, question)
             case "release":
                 self._release()
         held = 0 if self._resident is None else self._resident.held_bytes()
@@ -76,10 +83,30 @@ class _Host:
     def _load(self, call: int, question: Mapping[str, Any]) -> LoadedReply:
         from overnight.distill.model import load_base, pick_device
 
-        base, device = BaseModel(**question["base"]), pick_device(question["device"])
-        self._resident = Resident(load_base(base, cache_dir=Path(question["cache_dir"]), device=device))
+        device = pick_device(question["device"])
+        self._base = BaseModel(**question["base"])
+        self._resident = Resident(load_base(self._base, cache_dir=Path(question["cache_dir"]), device=device))
         loaded = self._resident.loaded
         return LoadedReply(call=call, device=str(device), dtype=str(loaded.model.dtype), sha256=loaded.sha256)
+
+    def _train(self, call: int, question: Mapping[str, Any]) -> TrainedReply:
+        order = Order.parse(question)
+
+        def tell(news: News) -> None:
+            reply = TrainingReply(
+                call=call,
+                epoch=news.epoch,
+                epochs=order.recipe.epochs,
+                step=news.step,
+                steps=news.steps,
+                loss=news.loss,
+                seconds_left=news.seconds_left,
+            )
+            self._socket.sendall(pack(reply.model_dump()))
+
+        record = self._model().train(self._base, order, tell)
+        same = {name: getattr(record, name) for name in TrainedReply.model_fields if name not in {"call", "kind"}}
+        return TrainedReply(call=call, **same)
 
     def _model(self) -> Resident:
         if self._resident is None:
@@ -112,6 +139,7 @@ def main() -> None:
     faulthandler.enable()  # a segmentation fault in a kernel leaves its Python stack in the trace
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # packs differ in length
     # Threads that wait must sleep: spinning ones starve whatever shares the cores (benchmarks/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sock = socket.socket(fileno=int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""A base model in memory with the adapters that were asked for: scores menus and writes replies.
+"""A base model in memory with the adapters that were asked for: scores menus, writes replies, trains adapters.
 
 Runs in the model host only, so torch is imported here. Each adapter has keys and values of its own, since they depend
 on its weights; only the base model's and the last two adapters' are kept.
@@ -7,21 +7,21 @@ on its weights; only the base model's and the last two adapters' are kept.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from overnight.distill.adapter import AdapterRecord
+from overnight.distill.base import BaseModel
 from overnight.distill.chat import ChatEncoder
+from overnight.distill.lora import News
 from overnight.distill.model import Loaded
 from overnight.distill.scoring import MenuScorer, Scores
-from overnight.store.errors import CampaignError
+from overnight.distill.shelf import AdapterShelf
+from overnight.distill.training import Order, train_adapter
 
 KEPT_SCORERS = 3
 """A champion, a challenger, and the base model."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Resident:
@@ -30,11 +30,9 @@ class Resident:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self._model = loaded.model
-        self._peft: Any = None
-        """Manages the adapters that it put into the model's own layers; made with the first."""
         self._encoder = ChatEncoder(loaded.tokenizer)
         self._scorers: OrderedDict[str | None, MenuScorer] = OrderedDict()
-        self._adapters: dict[str, str] = {}
+        self._shelf = AdapterShelf(loaded, dropped=lambda folder: self._scorers.pop(folder, None))
 
     def score(self, prompt: str, candidates: Sequence[str], adapter: str | None) -> Scores:
         """Score each candidate as the beginning of the assistant's turn after `prompt`.
@@ -42,7 +40,7 @@ class Resident:
         Raises:
             CampaignError: the adapter cannot be loaded.
         """
-        with self._using(adapter):
+        with self._shelf.using(adapter):
             if adapter not in self._scorers:
                 self._scorers[adapter] = MenuScorer(self._model)
             self._scorers.move_to_end(adapter)
@@ -73,7 +71,7 @@ class Resident:
         how = drawn if temperature > 0 else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         tokenizer = self.loaded.tokenizer
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        with self._using(adapter):
+        with self._shelf.using(adapter):
             output = self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -91,37 +89,10 @@ class Resident:
         weights = sum(parameter.nbytes for parameter in self._model.parameters())
         return int(weights) + sum(scorer.held_bytes() for scorer in self._scorers.values())
 
-    @contextmanager
-    def _using(self, adapter: str | None) -> Iterator[None]:
-        """Answer with `adapter` inside the block, loaded at its first use."""
-        if adapter is None:
-            if self._peft is None:
-                yield
-                return
-            with self._peft.disable_adapter():
-                yield
-            return
-        if adapter not in self._adapters:
-            self._load_adapter(adapter)
-        self._peft.set_adapter(self._adapters[adapter])
-        yield
+    def train(self, base: BaseModel, order: Order, tell: Callable[[News], None]) -> AdapterRecord:
+        """Train an adapter, write it, and have it answer for its folder; see `overnight.distill.training`.
 
-    def _load_adapter(self, folder: str) -> None:
-        from peft import PeftModel
-
-        missing = [name for name in ADAPTER_FILES if not (Path(folder) / name).is_file()]
-        if missing:
-            raise CampaignError(
-                f"adapter `{folder}` has no `{missing[0]}`; give a folder in peft's format with safetensors "
-                "(pickled weights are refused)"
-            )
-        name = f"adapter{len(self._adapters)}"
-        try:
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
-            else:
-                self._peft.load_adapter(folder, adapter_name=name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise CampaignError(f"adapter `{folder}` does not fit this base model: {str(error)[:300]}") from error
-        self._model.eval().requires_grad_(False)
-        self._adapters[folder] = name
+        Scorers are dropped before: their caches and graphs are memory that the training may need.
+        """
+        self._scorers.clear()
+        return train_adapter(base, self.loaded, self._shelf, order, tell)

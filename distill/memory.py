@@ -1,0 +1,90 @@
+"""How much memory a training may take, and how many tokens of a pack that is.
+
+The limit is enforced by the allocator on a CUDA device: what goes past it fails, and the trainer answers with smaller
+packs. On a CPU nothing can enforce it, so that the estimate alone keeps to it. Torch is imported here: for the model
+host only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from overnight.store.errors import ProposerError
+from overnight.trainer.memory import GIB, free_memory
+
+CONTEXT = int(0.75 * GIB)
+"""What CUDA itself and its libraries hold beside the allocator: 0.5 to 0.7 GiB on an H100."""
+WORKING = 2 * GIB
+"""Logits piece by piece, gradients and moments of the adapter, and what one layer's backward pass needs at once."""
+MARGIN = 1.1
+
+
+class Allowance:
+    """The memory of one training.
+
+    Args:
+        device: where the model is.
+        limit_gib: most memory of the process on the device, or of the system on a CPU; None: what is free.
+    """
+
+    def __init__(self, device: torch.device, limit_gib: float | None) -> None:
+        self._device = device
+        self._limit = None if limit_gib is None else int(limit_gib * GIB)
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def tokens(self, bytes_each: int) -> int:
+        """Return how many tokens a pack may have, at least 1, given what each one keeps for the backward pass.
+
+        Raises:
+            ProposerError: the limit is below what the model holds already.
+        """
+        held = torch.cuda.memory_reserved(self._device) + CONTEXT if self._cuda else 0
+        room = free_memory(None)
+        if self._limit is not None:
+            room = min(room, self._limit - held)
+            if room <= 0:
+                raise ProposerError(
+                    f"`memory_gib = {self._limit / GIB:g}` is below the {held / GIB:.1f} GiB that the model takes: "
+                    "raise it, or choose a smaller base model",
+                    failure="llm_error",
+                )
+        return max(1, int((room - min(WORKING, room // 2)) / (bytes_each * MARGIN)))
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Keep the allocator to the limit inside the block."""
+        if not self._cuda or self._limit is None:
+            yield
+            return
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self._limit - CONTEXT) / total), self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+
+    def peak_gib(self) -> float | None:
+        """Return the most memory that the allocator held, weights included; None on a CPU."""
+        return torch.cuda.max_memory_reserved(self._device) / GIB if self._cuda else None
+
+
+def bytes_a_token(model: Any) -> int:
+    """Return about what one token keeps for the backward pass: the inputs and outputs of every adapted layer.
+
+    It errs on the large side: layers that share an input keep it once.
+    """
+    config = model.config.get_text_config()
+    features = sum(
+        module.base_layer.in_features + module.base_layer.out_features
+        for module in model.modules()
+        if hasattr(module, "lora_A")
+    )
+    residuals = 4 * config.hidden_size * config.num_hidden_layers
+    return int((features + residuals) * model.dtype.itemsize)
