@@ -6,10 +6,11 @@ Reading a file starts nothing and imports no plugin; its tables are the models o
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from overnight.agent.campaign_file import CampaignFile, KnobSection
 from overnight.agent.decide import DecisionSettings
+from overnight.agent.knobs import knob_table
 from overnight.rails.constraint import Constraint
 from overnight.rails.menu import Knob, Menu
 from overnight.store.errors import CampaignError, MenuError
@@ -45,6 +47,40 @@ class Campaign:
     path: Path
     """Its `campaign.toml`."""
     menu: Menu
+    sha256: str
+    """Of the file's bytes as they were read; of its content, where it comes from no file."""
+    allowed: bool = False
+    """Whether somebody has allowed what the file wants (`overnight.agent.trust`)."""
+
+    @classmethod
+    def load(cls, where: str | Path, *, allowed: bool = False) -> Campaign:
+        """Read a folder, its `campaign.toml`, or the bare name of a bundled campaign.
+
+        `allowed` says that the file is as trusted as your own code: it may then run its commands, use its plugins and
+        read its paths; otherwise what nobody allowed it raises a `NotAllowedError` where it is used.
+
+        Raises:
+            CampaignError: there is none, or something in it is wrong; the message names file, key and remedy.
+        """
+        return replace(load_campaign(where), allowed=allowed)
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, object], *, folder: str | Path = ".") -> Campaign:
+        """Build a campaign in code: the tables of a campaign file, knobs also as `Float`, `Int`, `Choice` or short.
+
+        Relative paths in it start at `folder`. It is allowed what it wants: your own code says it.
+
+        Raises:
+            CampaignError: something in it is wrong; the message names key and remedy.
+        """
+        path = Path(folder).absolute() / "<code>"
+        knobs = tables.get("knobs")
+        if isinstance(knobs, Mapping):
+            try:
+                tables = {**tables, "knobs": {name: knob_table(name, spec) for name, spec in knobs.items()}}
+            except MenuError as error:
+                raise CampaignError(f"{path}: {error}") from error
+        return replace(parse_campaign(tables, path), allowed=True)
 
     @property
     def name(self) -> str:
@@ -130,12 +166,13 @@ def load_campaign(where: str | Path) -> Campaign:
     """
     path = find_campaign(where)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        data = tomllib.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CampaignError(f"{path}: cannot be read ({error.strerror}); give a folder with a `{FILE_NAME}`") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CampaignError(f"{path}: not valid TOML: {error}; mend that line") from error
-    return parse_campaign(data, path)
+    return replace(parse_campaign(data, path), sha256=hashlib.sha256(raw).hexdigest())
 
 
 def find_campaign(where: str | Path) -> Path:
@@ -188,7 +225,7 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
         raise CampaignError(
             f"{path}: `router.champion`: no proposer `{champion}`; name one of {', '.join(file.proposers)}"
         )
-    campaign = Campaign(file, path, _menu(file, path))
+    campaign = Campaign(file, path, _menu(file, path), digest(file.model_dump(mode="json")))
     try:
         _ = campaign.decision
     except ValueError as error:

@@ -231,6 +231,10 @@ class NotifySection(Section):
     command: list[str] = []
     """A program and its arguments, run without a shell at finish, promotion, rollback and a stop by fault; the event
     comes as JSON on its standard input."""
+    env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = []
+    """Names of environment variables that it sees besides the basic ones."""
+    timeout_s: Annotated[float, Field(gt=0, le=300)] = 30.0
+    """A program that takes longer is killed."""
 
 
 class CampaignFile(Section):

@@ -23,14 +23,17 @@ from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import Interrupted, PauseRequested, PauseSwitch
+from overnight.agent.trust import require
 from overnight.rails.gate import Rail
 from overnight.rails.registry import RailContext, build_rails
 from overnight.store import clock
 from overnight.store.errors import CampaignError, LeaseLostError, StorageFaultError, StoreError, TrainerError
-from overnight.store.protocol import TrajectoryStore
+from overnight.store.protocol import CampaignState, TrajectoryStore
 from overnight.store.records import TrainerInfo
+from overnight.trainer.function import Objective
 from overnight.trainer.protocol import Trainer, TrainerContext
 from overnight.trainer.registry import trainer_class
+from overnight.trainer.shipping import ShippedFunction
 from overnight.trainer.worker import WorkerTrainer
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ def open_runtime(
     campaign: Campaign,
     store: TrajectoryStore,
     *,
-    trainer: Trainer | None = None,
+    trainer: Trainer | Objective | None = None,
     proposers: Mapping[str, Proposer] | None = None,
     rails: Sequence[Rail] = (),
     hooks: Sequence[Hooks] = (),
@@ -115,7 +118,9 @@ def proposers_of(campaign: Campaign) -> dict[str, Proposer]:
 
     Raises:
         CampaignError: a kind is not installed, or a setting is wrong; the message names file and key.
+        NotAllowedError: a plugin, a path or a key that nobody has allowed the file.
     """
+    require(campaign, "proposers")
     context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
     try:
         return build_proposers(campaign.file.proposers, context)
@@ -128,19 +133,27 @@ def rails_of(campaign: Campaign) -> list[Rail]:
 
     Raises:
         CampaignError: one is not installed, or refuses the campaign; the message names file and key.
+        NotAllowedError: nobody has allowed the file that plugin.
     """
+    require(campaign, "rails")
     try:
         return build_rails(campaign.file.rails.extra, RailContext(campaign.folder, campaign.menu))
     except CampaignError as error:
         raise CampaignError(f"{campaign.path}: {error}") from error
 
 
-def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
-    """Return the campaign's trainer in a worker process of its own, its settings checked; starts no process yet.
+def host_trainer(
+    campaign: Campaign, idle: Callable[[], None], function: Objective | None = None
+) -> WorkerTrainer:
+    """Return the campaign's trainer, or a function, in a worker process of its own, checked; starts no process yet.
 
     Raises:
         CampaignError: the trainer is not installed, or a setting or a knob is wrong; the message names file and key.
+        NotAllowedError: a command, a plugin or a path that nobody has allowed the file.
+        InputError: the function does not take (config, seed), or cannot be sent to the worker.
     """
+    if function is None:
+        require(campaign, "trainer")
     settings = campaign.file.trainer
     context = TrainerContext(
         campaign_dir=campaign.folder,
@@ -149,6 +162,9 @@ def host_trainer(campaign: Campaign, idle: Callable[[], None]) -> WorkerTrainer:
         metric=campaign.file.metric.name,
         memory_gib=campaign.file.budget.memory_gib,
     )
+    if function is not None:
+        version = str(settings.get("version", ""))
+        return WorkerTrainer("function", {}, context, idle=idle, function=ShippedFunction(function, version=version))
     name = campaign.file.campaign.trainer
     try:
         trainer_class(name).from_settings(settings, context)

@@ -39,6 +39,10 @@ class CampaignError(InputError):
     """A campaign file that cannot be run; the message names file, key and remedy."""
 
 
+class NotAllowedError(InputError):
+    """A campaign file wants a command, a plugin, a path or a key that nobody has allowed it; names each."""
+
+
 class MenuError(InputError):
     """A knob, a value or a constraint that makes no sense."""
 

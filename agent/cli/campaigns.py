@@ -13,6 +13,7 @@ import click
 
 from overnight.agent.campaign import FILE_NAME, Campaign, bundled_campaigns, load_campaign, parse_campaign
 from overnight.agent.cli.options import db_option, newest_name
+from overnight.agent.cli.permission import allow_option, allow_own, permitted
 from overnight.store.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def init(folder: Path, template: str, menu: Path | None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (folder / FILE_NAME).write_text(tomlkit.dumps(document), encoding="utf-8")
+    allow_own(load_campaign(folder))
     click.echo(f"made {folder / FILE_NAME}; read it, then `overnight run {folder}`", err=True)
 
 
@@ -68,7 +70,8 @@ def _replace_menu(document: Any, menu: Path) -> None:
 @click.argument("campaign")
 @click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"), default="-")
 @db_option
-def check(campaign: str, file: Any, db: str) -> None:
+@allow_option
+def check(*, campaign: str, file: Any, db: str, allowing: bool) -> None:
     """Put one proposal (FILE, or - for standard input) through a campaign's rails.
 
     Exit code 0: it passed; 1: it is blocked, and the rail's id and reason are printed. `R7_capability` is left to the
@@ -76,7 +79,7 @@ def check(campaign: str, file: Any, db: str) -> None:
     """
     from overnight.agent.checking import check_proposal
 
-    loaded = load_campaign(campaign)
+    loaded = permitted(load_campaign(campaign), allowing=allowing, parts=("rails",))
     verdict = check_proposal(file.read(), loaded, _known(db, loaded))
     if verdict.passed:
         assert verdict.diff is not None

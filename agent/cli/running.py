@@ -21,6 +21,7 @@ from overnight.agent.cli.options import (
     print_rows,
     shown_db,
 )
+from overnight.agent.cli.permission import allow_option, permitted
 from overnight.store import clock
 from overnight.store.errors import InputError
 from overnight.store.lease import is_alive
@@ -34,7 +35,8 @@ from overnight.store.sql_store import SqlStore
 @click.option("--iterations", type=click.IntRange(min=1), help="Pause after this many turns in all; the rest waits.")
 @click.option("--until", metavar="HH:MM", help="Pause at this local time; the rest waits.")
 @click.option("--fresh", is_flag=True, help="Start anew as NAME-2 (NAME-3, ...); deletes nothing.")
-def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh: bool) -> None:
+@allow_option
+def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fresh: bool, allowing: bool) -> None:
     """Run CAMPAIGN (a folder, a file or a bundled name), or go on where it stopped.
 
     Ctrl-C pauses after the current trial; a second one stops at once. Either way nothing that was measured is lost.
@@ -48,6 +50,7 @@ def run(campaign: str, db: str, iterations: int | None, until: str | None, fresh
     loaded = load_campaign(campaign)
     if until is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", until):
         raise InputError(f"`--until`: `{until}` is not a time; give HH:MM, such as 07:00")
+    loaded = permitted(loaded, allowing=allowing)
     _check_first(loaded, db)
     store = SqlStore.open(db, create=True)
     try:
@@ -133,7 +136,8 @@ def _holdout_line(store: SqlStore, state: CampaignState) -> None:
     whose = (
         "winner" if winner == state.best_attempt_id else f"the winner of then (turn {store.attempt(winner).iteration})"
     )
-    click.echo(f"Locked holdout, {at[:10]}: {whose} against first baseline {total} (95% interval {low} to {high})")
+    where = "Locked holdout" if holdout.get("fresh_data", True) else "Fresh seeds"
+    click.echo(f"{where}, {at[:10]}: {whose} against first baseline {total} (95% interval {low} to {high})")
 
 
 def _gain(state: CampaignState, gain: float) -> str:

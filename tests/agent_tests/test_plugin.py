@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_its_parts_run_a_campaign(site: Path, folder: Path) -> None:
-    result = overnight("run", ".", site=site, cwd=folder)
+    result = overnight("run", ".", "--allow", site=site, cwd=folder)
     assert result.returncode == 0, result.stderr
     output = overnight("sql", "select new_value, outcome from iterations", "--format", "json", site=site, cwd=folder)
     rows = json.loads(output.stdout)
@@ -63,9 +63,9 @@ def test_its_parts_run_a_campaign(site: Path, folder: Path) -> None:
 
 
 def test_its_rail_is_off_the_open_moves(site: Path, folder: Path) -> None:
-    overnight("run", ".", "--iterations", "1", site=site, cwd=folder)
+    overnight("run", ".", "--allow", "--iterations", "1", site=site, cwd=folder)
     overnight("enqueue", "p", "x=1.0", site=site, cwd=folder)
-    overnight("run", ".", "--iterations", "2", site=site, cwd=folder)
+    overnight("run", ".", "--allow", "--iterations", "2", site=site, cwd=folder)
     query = 'select rail, rail_reason from attempts where "try" = 1 and iteration = 2'
     (row,) = json.loads(overnight("sql", query, "--format", "json", site=site, cwd=folder).stdout)
     assert row["rail"] == "P1_small_steps"
@@ -83,6 +83,6 @@ def test_doctor_lists_it_and_where_it_is_from(site: Path, folder: Path) -> None:
 def test_a_rail_that_is_not_installed_is_named(folder: Path, site: Path) -> None:
     text = (folder / "campaign.toml").read_text().replace("P1_small_steps", "P2_gone")
     (folder / "campaign.toml").write_text(text)
-    result = overnight("run", ".", site=site, cwd=folder)
+    result = overnight("run", ".", "--allow", site=site, cwd=folder)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "`rails.extra`: the rail `P2_gone` is not installed" in result.stderr
