@@ -7,32 +7,20 @@ valid while this process holds the lease. A campaign without a challenger and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from overnight.agent.evidence import Evidence, share, weigh
 from overnight.agent.proposers.protocol import Answer, Ask, Proposer
 from overnight.agent.proposers.student import StudentProposer
-from overnight.agent.router import (
-    Gate,
-    HeldOutAnswer,
-    Look,
-    Route,
-    check_gate,
-    keeps_place,
-    look,
-    route_challenger,
-    route_heldout,
-    route_predecessor,
-)
+from overnight.agent.race_gate import gains_by_turn, gate_of
+from overnight.agent.router import Gate, Route, keeps_place, route_challenger, route_heldout, route_predecessor
 from overnight.agent.runtime import Runtime
 from overnight.store.contests import Contestant, DuelKind, Promotion, Race, RaceItem, adapter_version, label
 from overnight.store.errors import CampaignError, ProposerError
 from overnight.store.hashing import JsonValue
 from overnight.store.protocol import CampaignState, Lease, StoreWriter
-
-NOT_RACED = Gate(("not looked back at yet",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,56 +343,3 @@ def gate_now(runtime: Runtime, state: CampaignState, challenger_id: int, champio
 def _declined(runtime: Runtime, state: CampaignState, challenger_id: int) -> bool:
     said = runtime.store.last_event(state.id, "promotion_declined")
     return said is not None and said[1].get("proposer_id") == challenger_id
-
-
-def gate_of(
-    race: Race | None,
-    items: Sequence[RaceItem],
-    challenger_id: int | None,
-    champion_id: int | None,
-    *,
-    max_latency_s: float,
-) -> Gate:
-    """Return whether the newest race of a challenger allows a promotion."""
-    if race is None:
-        return NOT_RACED
-    if challenger_id is None or champion_id is None:
-        return NOT_RACED
-    return gate_on(items, challenger_id, champion_id, max_latency_s=max_latency_s, leak=race.failure)
-
-
-def gate_on(
-    items: Sequence[RaceItem], challenger_id: int, champion_id: int, *, max_latency_s: float, leak: str | None = None
-) -> Gate:
-    """Return whether these answers allow a promotion."""
-    if leak is not None:
-        return Gate((leak,))
-    challenger, champion = (_first_answers(items, who) for who in (challenger_id, champion_id))
-    common = challenger.keys() & champion.keys() if champion else challenger.keys()
-    return check_gate(
-        _look(challenger, common), _look(champion, common) if champion else None, max_latency_s=max_latency_s
-    )
-
-
-def _first_answers(items: Sequence[RaceItem], proposer_id: int | None) -> dict[int, HeldOutAnswer]:
-    """Return a contestant's first answer by turn; a turn without an answer is missing, not lost."""
-    found = {}
-    for item in items:
-        if item.proposer_id != proposer_id or item.draw != 0 or item.failure is not None:
-            continue
-        pair = None if item.knob is None or item.new_value is None else (item.knob, item.new_value)
-        found[item.attempt_id] = HeldOutAnswer(pair, bool(item.valid), item.latency_s)
-    return found
-
-
-def _look(answers: Mapping[int, HeldOutAnswer], turns: Iterable[int]) -> Look:
-    return look([answers[turn] for turn in sorted(turns)])
-
-
-def gains_by_turn(items: Sequence[RaceItem], proposer_id: int | None) -> dict[int, float]:
-    """Return the mean measured gain of a contestant's picks for each held-out turn where one was measured."""
-    gains: dict[int, list[float]] = {}
-    for item in items:
-        if item.proposer_id == proposer_id and item.expected_gain is not None:
-            gains.setdefault(item.attempt_id, []).append(item.expected_gain)
-    return {turn: sum(known) / len(known) for turn, known in gains.items()}

@@ -28,7 +28,7 @@ from overnight.store.protocol import CampaignState, NewAttempt, Position, Trajec
 from overnight.store.tables import utc_now
 
 
-def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
+def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:
     """Ask whoever has the turn, and store the prompt with the reply."""
     campaign = runtime.state()
     position = runtime.store.next_stage(campaign.id)
@@ -36,7 +36,7 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
     baseline = runtime.store.config_of(campaign.baseline_config_id)
     moves = open_moves(runtime, campaign, baseline)
     if not moves:
-        return _refine_or_finish(runtime, campaign)
+        return _refine_or_finish(runtime, campaign, state)
     totals = runtime.store.knob_totals(campaign.id)
     turn = plan_turn(runtime, campaign, position, totals=totals, moves=moves)
     if turn.duel is not None and turn.duel.answers_stored:
@@ -161,7 +161,7 @@ def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:
     return answer
 
 
-def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
+def _refine_or_finish(runtime: Runtime, campaign: CampaignState, state: TurnState) -> TurnUpdate:
     """Grid float ranges finer, once; with nothing left then, the campaign is over."""
     if campaign.refinement > 0:
         return {"stage": "finish", "stop_reason": "menu_exhausted"}
@@ -169,7 +169,7 @@ def _refine_or_finish(runtime: Runtime, campaign: CampaignState) -> TurnUpdate:
     with runtime.writing(changes_campaign=True) as writer:
         writer.refined(refinement)
         runtime.emit(GridRefined(campaign=runtime.name, refinement=refinement))
-    return {"stage": "propose"}
+    return propose(runtime, state)
 
 
 class StoredHistory:

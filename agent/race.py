@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from overnight.agent import contest
 from overnight.agent.answers import DRAWS, answer_turn
 from overnight.agent.contest import Standing, label_of, stored_id
-from overnight.agent.events import RaceFinished, RaceStarted, RaceStepped
+from overnight.agent.contest_events import RaceFinished, RaceStarted, RaceStepped
 from overnight.agent.proposers.protocol import Proposer, Rewindable
 from overnight.agent.proposers.student import StudentProposer
+from overnight.agent.race_gate import gate_on
 from overnight.agent.router import why_not
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
@@ -202,7 +203,7 @@ def _conclude(runtime: Runtime, state: CampaignState, plan: Plan, race_id: int, 
         names = names[0], label_of(challenge.proposer)
         items = () if leak else runtime.store.race_items(race_id)
         limit = runtime.campaign.file.router.max_latency_s
-        gate = contest.gate_on(items, plan.challenger_id, champion_id, max_latency_s=limit, leak=leak)
+        gate = gate_on(items, plan.challenger_id, champion_id, max_latency_s=limit, leak=leak)
         verdict = leak or ("the gate holds" if gate.holds else "the gate does not hold: " + "; ".join(gate.failures))
         if not plan.turns:
             verdict = NOTHING

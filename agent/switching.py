@@ -12,10 +12,9 @@ from dataclasses import asdict
 from typing import Literal
 
 from overnight.agent import contest, duels
-from overnight.agent.contest import NOT_RACED, Challenge, Standing, label_of, stored_id
-from overnight.agent.events import (
+from overnight.agent.contest import Challenge, Standing, label_of, stored_id
+from overnight.agent.contest_events import (
     DuelSettled,
-    Event,
     Promoted,
     PromotionAsked,
     PromotionDeclined,
@@ -23,9 +22,11 @@ from overnight.agent.events import (
     SwitchRefused,
     Weighed,
 )
+from overnight.agent.events import Event
 from overnight.agent.evidence import Evidence
 from overnight.agent.proposers.protocol import Proposer
 from overnight.agent.proposers.student import StudentProposer
+from overnight.agent.race_gate import NOT_RACED
 from overnight.agent.router import route_predecessor, why_not
 from overnight.agent.runtime import Runtime
 from overnight.store.contests import Duel, NewPromotion, Switch

@@ -1,0 +1,66 @@
+"""What a race showed about a challenger, as the gate of its promotion: read from a race's items, decided purely.
+
+A turn without an answer is missing, not lost: it counts neither for nor against anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from overnight.agent.router import Gate, HeldOutAnswer, Look, check_gate, look
+from overnight.store.contests import Race, RaceItem
+
+NOT_RACED = Gate(("not looked back at yet",))
+
+
+def gate_of(
+    race: Race | None,
+    items: Sequence[RaceItem],
+    challenger_id: int | None,
+    champion_id: int | None,
+    *,
+    max_latency_s: float,
+) -> Gate:
+    """Return whether the newest race of a challenger allows a promotion."""
+    if race is None:
+        return NOT_RACED
+    if challenger_id is None or champion_id is None:
+        return NOT_RACED
+    return gate_on(items, challenger_id, champion_id, max_latency_s=max_latency_s, leak=race.failure)
+
+
+def gate_on(
+    items: Sequence[RaceItem], challenger_id: int, champion_id: int, *, max_latency_s: float, leak: str | None = None
+) -> Gate:
+    """Return whether these answers allow a promotion."""
+    if leak is not None:
+        return Gate((leak,))
+    challenger, champion = (_first_answers(items, who) for who in (challenger_id, champion_id))
+    common = challenger.keys() & champion.keys() if champion else challenger.keys()
+    return check_gate(
+        _look(challenger, common), _look(champion, common) if champion else None, max_latency_s=max_latency_s
+    )
+
+
+def _first_answers(items: Sequence[RaceItem], proposer_id: int | None) -> dict[int, HeldOutAnswer]:
+    """Return a contestant's first answer by turn; a turn without an answer is missing, not lost."""
+    found = {}
+    for item in items:
+        if item.proposer_id != proposer_id or item.draw != 0 or item.failure is not None:
+            continue
+        pair = None if item.knob is None or item.new_value is None else (item.knob, item.new_value)
+        found[item.attempt_id] = HeldOutAnswer(pair, bool(item.valid), item.latency_s)
+    return found
+
+
+def _look(answers: Mapping[int, HeldOutAnswer], turns: Iterable[int]) -> Look:
+    return look([answers[turn] for turn in sorted(turns)])
+
+
+def gains_by_turn(items: Sequence[RaceItem], proposer_id: int | None) -> dict[int, float]:
+    """Return the mean measured gain of a contestant's picks for each held-out turn where one was measured."""
+    gains: dict[int, list[float]] = {}
+    for item in items:
+        if item.proposer_id == proposer_id and item.expected_gain is not None:
+            gains.setdefault(item.attempt_id, []).append(item.expected_gain)
+    return {turn: sum(known) / len(known) for turn, known in gains.items()}
