@@ -94,14 +94,16 @@ def reconstruct_prompts(store: TrajectoryStore, state: CampaignState, frame: Fra
     return made
 
 
-def build_corpus(store: TrajectoryStore, state: CampaignState, frame: Frame, settings: CorpusSettings) -> Corpus:
-    """Build a campaign's corpus as its history stands.
+def build_corpus(
+    store: TrajectoryStore, state: CampaignState, frame: Frame, settings: CorpusSettings, *, through: int | None = None
+) -> Corpus:
+    """Build a campaign's corpus as its history stands, or as it stood after the turn `through`.
 
     Raises:
         CorpusRefusedError: too few rows, or too alike; the message says what to run.
         StoreError: a stored prompt is not the one that its hash names.
     """
-    lessons, excluded = read_lessons(store, state.id, frame.menu)
+    lessons, excluded = read_lessons(store, state.id, frame.menu, through=through)
     items = _items(store, lessons, excluded)
     if len(items) < settings.min_rows:
         raise CorpusRefusedError(
