@@ -65,7 +65,8 @@ def records() -> Iterator[str]:
         clock = rng.randrange(10**6)
         for _ in range(40):
             clock += rng.randrange(1, 90)
-            stamp = f"2026-03-{clock // 86400 % 28 + 1:02d}T{clock // 3600 % 24:02d}:{clock // 60 % 60:02d}:{clock % 60:02d}Z"
+            day, time = f"2026-03-{clock // 86400 % 28 + 1:02d}", f"{clock // 3600 % 24:02d}:{clock // 60 % 60:02d}"
+            stamp = f"{day}T{time}:{clock % 60:02d}Z"
             if as_json:
                 order = {
                     "id": rng.randrange(10**6),

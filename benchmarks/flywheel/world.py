@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tasks import NOISE_SEEDS, SEEDS, TASKS, Task
 
 from overnight.agent.decide import DecisionSettings, judge, seed_order
 from overnight.agent.proposers.protocol import Observation
@@ -27,7 +28,6 @@ from overnight.rails.menu import Change, Menu
 from overnight.store.hashing import digest
 from overnight.store.protocol import KnobTotal, PairTotal
 from overnight.trainer.noise import Spread, paired_noise
-from tasks import NOISE_SEEDS, SEEDS, TASKS, Task
 
 HERE = Path(__file__).parent
 TABLES = HERE / "tables"

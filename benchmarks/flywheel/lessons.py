@@ -1,0 +1,165 @@
+"""What a student of the flywheel reads and learns: the project's own prompt, and rows from campaigns on other tasks.
+
+    python -P benchmarks/flywheel/lessons.py OUT.jsonl --without python [--rows 6000] [--objective outcome]
+
+Rows come from simulated campaigns on every task but those of one kind of text. Their policy mixes uniform draws with
+knowing ones, so that states near the start and near the end of a campaign are both seen. Only what trials on those
+other tasks measured reaches a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+from tasks import KINDS, TASKS
+from world import SETTINGS, Campaign, Table, Turn, table
+
+from overnight.distill.rows import Reply, TrainingRow, write_rows
+from overnight.rails.menu import Change
+from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
+from overnight.store.protocol import Attempt
+
+RECENT = 5
+"""Attempts that a prompt shows whole, as the product's default has it."""
+FIRST_CAMPAIGN = 10_000
+"""Training campaigns have numbers from here on; measured ones have small numbers."""
+TEMPERATURE = 0.15
+"""Of the targets, in standard deviations of the better half of a task's table."""
+
+
+def candidate_text(change: Change) -> str:
+    """The beginning of a reply, as the product scores it."""
+    return f'{{"knob": {json.dumps(change.knob)}, "new_value": {json.dumps(change.value)}'
+
+
+def prompt_of(campaign: Campaign) -> str:
+    """Render the prompt of the campaign's next turn with the product's own renderer."""
+    menu = campaign.table.menu
+    recent = [_attempt(number, turn) for number, turn in enumerate(campaign.turns, 1) if turn.change][-RECENT:]
+    return render_prompt(
+        PromptFacts(
+            metric="val_bpb",
+            direction="min",
+            gain="relative",
+            min_gain=SETTINGS.min_gain,
+            knobs=[KnobFact(knob.name, knob.describe(), knob.doc) for knob in menu.knobs],
+            rules=[],
+            brief=campaign.table.task.setting.about,
+            config=campaign.baseline,
+            baseline_metric=campaign.baseline_metric,
+            turns=len(campaign.turns),
+            totals=campaign.totals(),
+            gain_sd=campaign.gain_sd,
+            recent=recent[::-1],
+            lineage=True,
+        )
+    )
+
+
+def _attempt(number: int, turn: Turn) -> Attempt:
+    assert turn.change is not None
+    empty = dict.fromkeys(Attempt.__slots__)
+    said = {
+        "id": number,
+        "iteration": number,
+        "try_no": 1,
+        "stage": "decided",
+        "role": "champion",
+        "audit": False,
+        "proposer": "student",
+        "knob": turn.change.knob,
+        "new_value": json.dumps(turn.change.value),
+        "outcome": turn.outcome,
+        "gain": turn.gain,
+        "metric": turn.metric,
+        "trials": turn.trials,
+    }
+    return Attempt(**{**empty, **said})  # type: ignore[arg-type]
+
+
+def spread(tab: Table) -> float:
+    """Standard deviation of the better half of a table: the unit of targets."""
+    return float(np.sort(tab.truth)[: len(tab.truth) // 2].std())
+
+
+def target(campaign: Campaign, moves: Sequence[Change], unit: float) -> list[float]:
+    """The listwise target: exp(gain / temperature) over the legal changes, from the table's measured means."""
+    tab = campaign.table
+    held = tab.truth[tab.index_of(campaign.baseline)]
+    gains = [(held - tab.truth[tab.index_of({**campaign.baseline, m.knob: m.value})]) / unit for m in moves]
+    best = max(gains)
+    weights = [math.exp((gain - best) / TEMPERATURE) for gain in gains]
+    return [weight / sum(weights) for weight in weights]
+
+
+def rows(without: str, count: int, objective: str, seed: int = 0) -> Iterator[TrainingRow]:
+    """Yield training rows from campaigns on all tasks of other kinds of text.
+
+    Args:
+        without: the kind of text left out; "none": no kind is.
+        count: rows.
+        objective: `outcome`; `clone` imitates what the campaign's policy tried; `shuffled` is `outcome` with the
+            outcomes of each task dealt out anew among its configurations.
+        seed: of everything drawn.
+    """
+    rng = random.Random(f"{seed}/{without}/{objective}")
+    tasks = [task for task in TASKS if task.kind != without]
+    made = 0
+    number = FIRST_CAMPAIGN
+    dealt = {task.name: _dealt(task.name, seed) for task in tasks} if objective == "shuffled" else {}
+    while made < count:
+        number += 1
+        tab = dealt.get(name := rng.choice(tasks).name) or table(name)
+        unit = spread(tab)
+        campaign = Campaign(tab, number)
+        knowing = rng.choice((0.0, 0.3, 0.6, 0.9))
+        for turn in range(rng.choice((1, 4, 8, 16, 30))):
+            moves = campaign.moves()
+            if len(moves) < 2:
+                break
+            wanted = target(campaign, moves, unit)
+            chosen = rng.choices(moves, wanted)[0] if rng.random() < knowing else rng.choice(moves)
+            if turn == 0 or rng.random() < 0.35:
+                identity = f"{name}/{number}/{turn}"
+                prompt, texts = prompt_of(campaign), tuple(candidate_text(move) for move in moves)
+                if objective == "clone":
+                    said = {"knob": chosen.knob, "new_value": chosen.value, "reason": ""}
+                    yield TrainingRow(id=identity, prompt=prompt, replies=(Reply(json.dumps(said)),))
+                else:
+                    yield TrainingRow(id=identity, prompt=prompt, candidates=texts, choice=tuple(wanted))
+                made += 1
+                if made == count:
+                    return
+            campaign.play({**campaign.baseline, chosen.knob: chosen.value})
+
+
+def _dealt(name: str, seed: int) -> Table:
+    """A table whose outcomes belong to other configurations."""
+    tab = Table(next(task for task in TASKS if task.name == name))
+    order = np.random.default_rng(seed).permutation(len(tab.truth))
+    tab.truth, tab.field = tab.truth[order], tab.field[order]
+    return tab
+
+
+def main() -> None:
+    """Write the rows of one student."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--without", choices=[*KINDS, "none"], required=True)
+    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--objective", choices=["outcome", "clone", "shuffled"], default="outcome")
+    given = parser.parse_args()
+    write_rows(rows(given.without, given.rows, given.objective), given.out)
+
+
+if __name__ == "__main__":
+    main()
