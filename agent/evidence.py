@@ -24,7 +24,7 @@ RECENT = 100
 WINSOR = 3.0
 """A gain worse than this many standard errors below zero counts as that: disasters bank nothing however large they are,
 and a normal prior that they stretch would stop shrinking the gains near zero (benchmarks/promotion.md)."""
-CAP_QUANTILE = 0.97
+CAP_QUANTILE = 0.9
 """Of the recent gains: what a larger gain counts for. A higher cap makes each item a smaller share of it, and the test
 slower; a lower one hides the rare large gain."""
 CAP_LEAST = 2.0

@@ -360,7 +360,7 @@ def power(count: int, seed: int) -> dict[str, Rows]:
         for sd in SDS
     ]
     end: Rows = []
-    for (name, rules), sd in product(SCHEDULES.items(), (0.2, 0.3)):
+    for (name, rules), sd in product(SCHEDULES.items(), (0.2, 0.3, 0.4)):
         shares = [float(by_the_end(effect, sd, rules, count, seed).mean()) for effect in EFFECTS]
         reached = next((e for e, found in zip(EFFECTS, shares, strict=True) if found >= 0.8), None)
         end.append({"schedule": name, "sd": sd, "shares": shares, "effect80": reached})
@@ -466,7 +466,8 @@ def report(results: dict[str, Any]) -> str:
         "## No challenger is better",
         "200 turns, a new challenger every 25. Champion and challenger draw from policies with this Dirichlet "
         "concentration, the challenger's tilted until both have the same mean of max(true gain, 0). *Default*: "
-        "`duel_share` 0.25 (a duel takes two turns), replaced at once. *Lead*: a challenger in the lead keeps its place. *All turns*: "
+        "`duel_share` 0.25 (a duel takes two turns), replaced at once. *Lead*: a challenger in the lead keeps its "
+        "place. *All turns*: "
         "`duel_share` 1. *200 duels*: one challenger, whose share of alpha is "
         f"{100 * share(ALPHA, 1):.1f}%. *heldout*: looking back alone. Worst: "
         + ", ".join(f"{name} {100 * value:.1f}%" for name, value in worst.items()) + ".",
