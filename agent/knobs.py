@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from overnight.rails.menu import Knob, KnobType
+from overnight.rails.menu import Knob, KnobType, Scale
 from overnight.store.errors import MenuError
 from overnight.store.records import KnobValue
 
@@ -112,7 +112,7 @@ def _short_range(name: str, spec: tuple[Any, ...]) -> Float | Int:
 
 
 def _range(name: str, kind: KnobType, spec: Float | Int) -> dict[str, Any]:
-    scale = "log" if spec.log else "linear"
+    scale: Scale = "log" if spec.log else "linear"
     default: KnobValue | None = spec.default
     if default is None:
         any_default = spec.low if kind == "float" else int(spec.low)

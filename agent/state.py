@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal
+
+from typing_extensions import TypedDict  # pydantic makes no forms for Studio out of `typing`'s before Python 3.12
 
 from overnight.store.records import Outcome
 

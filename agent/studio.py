@@ -1,21 +1,27 @@
 """The graph that `langgraph.json` names, for LangGraph Studio and `langgraph dev`; importing it opens nothing.
 
-`OVERNIGHT_CAMPAIGN` names the campaign (default: the bundled `quickstart`) and `OVERNIGHT_DB` the store.
+`OVERNIGHT_CAMPAIGN` names the campaign (default: the bundled `quickstart`) and `OVERNIGHT_DB` the store. A server asks
+for the graph at every run and for every drawing; it gets the same one, so that the trial worker stays warm.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from langgraph.graph import StateGraph
-
-    from overnight.agent.state import TurnInput, TurnOutput, TurnState
+    from overnight.agent.graph import TurnGraph
 
 
-def make_graph() -> StateGraph[TurnState, None, TurnInput, TurnOutput]:
-    """Open the store and return the uncompiled graph of one turn."""
+async def make_graph() -> TurnGraph:
+    """Return the uncompiled graph of one turn, built in a thread: the server's event loop must not wait for a disk."""
+    return await asyncio.to_thread(_graph)
+
+
+@functools.cache
+def _graph() -> TurnGraph:
     from overnight.agent.campaign import load_campaign
     from overnight.agent.graph import build_graph
     from overnight.store.sql_store import SqlStore

@@ -397,7 +397,7 @@ def test_the_longest_turn_fits_the_default_limit(tmp_path: Path, store: SqlStore
     replies = proposing(lambda ask: next(tries))
     nodes = {"after:propose": vetoes_at_first, "after:check_rails": vetoes_at_first}
     app = graph(tmp_path, store, proposers=replies, iterations=1, nodes=nodes).compile()
-    not_here = 4  # distill, race, route, and one more `propose` where the menu's grid is refined on the way
+    not_here = 3  # distill, race, route
     steps = list(app.stream({"campaign": "c"}, {"recursion_limit": LIMIT - not_here}))
     names = [name for step in steps for name in step]
     assert (names.count("propose"), names[0], names[-1]) == (MAX_TRIES, "calibrate", "finish")
