@@ -205,3 +205,11 @@ def test_a_timid_student_is_not_promoted_over_a_champion_that_banks_gains() -> N
     rules = simulation.Rules(keep_lead=True)
     for world in simulation.WORLDS:
         assert simulation.campaigns(world, 1.0, 0.0, rules, count=200, seed=9).promoted.mean() <= 0.05
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["promotion.py", "--quick"])
+    monkeypatch.setattr(simulation, "HERE", tmp_path)
+    simulation.main()
+    assert list(tmp_path.iterdir()) == []
