@@ -47,7 +47,8 @@ def init(folder: Path, template: str, menu: Path | None) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (folder / FILE_NAME).write_text(tomlkit.dumps(document), encoding="utf-8")
     allow_own(load_campaign(folder))
-    click.echo(f"made {folder / FILE_NAME}; read it, then `overnight run {folder}`", err=True)
+    todo = "make the two edits that it marks" if template == "command" else "read it"
+    click.echo(f"made {folder / FILE_NAME}; {todo}, then `overnight run {folder}`", err=True)
 
 
 def _replace_menu(document: Any, menu: Path) -> None:
