@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from overnight.agent.bounded_query import MAX_CHARS, shortened
 from overnight.agent.checking import check_proposal, stored_campaign
-from overnight.agent.cli.running import STATUS_COLUMNS, status_row
+from overnight.agent.cli.status import STATUS_COLUMNS, status_row
 from overnight.rails.gate import Verdict
 from overnight.report.analysis import analyse
 from overnight.report.text import text_report

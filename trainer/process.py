@@ -86,6 +86,7 @@ class GuardedProcess:
         cwd: its working directory.
         env: its whole environment; None: this process's.
         pass_fds: descriptors that it inherits under the same numbers.
+        stdin: a descriptor that it reads its standard input from; None: it has none.
         split_output: keep standard error apart from standard output (`Stream` says which `feed` read).
     """
 
@@ -96,6 +97,7 @@ class GuardedProcess:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
+        stdin: int | None = None,
         split_output: bool = False,
     ) -> None:
         self.tail = Tail()
@@ -108,7 +110,7 @@ class GuardedProcess:
             try:
                 self._guard = subprocess.Popen(
                     [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), fds, "--", *command],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL if stdin is None else stdin,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE if split_output else subprocess.STDOUT,
                     bufsize=0,

@@ -1,4 +1,4 @@
-"""`overnight run`, `pause`, `status` and `enqueue`: campaigns that run, and what a person asks of them."""
+"""`overnight run`, `pause` and `enqueue`: campaigns that run, and what a person asks of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from pathlib import Path
 import click
 
 from overnight.agent.campaign import Campaign, load_campaign, renamed
-from overnight.agent.cli.learning_lines import learning_state
 from overnight.agent.cli.options import (
     DEFAULT_DB,
     campaign_in,
     db_option,
-    format_option,
     newest_name,
     next_name,
-    print_rows,
     shown_db,
 )
 from overnight.agent.cli.permission import allow_option, permitted
@@ -43,6 +40,7 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
     """
     from overnight.agent.budget import is_over
     from overnight.agent.cli.progress import progress_hook
+    from overnight.agent.cli.watching import Watchers
     from overnight.agent.deadline import next_until
     from overnight.agent.run import open_runtime, run_campaign
     from overnight.agent.signals import PauseSwitch
@@ -58,7 +56,9 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
         loaded = renamed(loaded, name)
         hook = progress_hook(loaded)
         switch = PauseSwitch(on_signal=hook.on_signal)
-        runtime = open_runtime(loaded, store, hooks=[hook])
+        watchers = Watchers(loaded, db)
+        runtime = open_runtime(loaded, store, hooks=[hook, *watchers.hooks])
+        watchers.watch(runtime)
         runtime.iterations = iterations
         runtime.until = None if until is None else next_until(until, clock.time())
         try:
@@ -67,7 +67,7 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
                 click.echo(_finished_line(state), err=True)
                 _summary(store, loaded.name, db)
                 return
-            with switch.listening(), hook:
+            with switch.listening(), hook, watchers:
                 result = run_campaign(runtime, checkpoints=_checkpoints(db, loaded.name), switch=switch)
         finally:
             runtime.close()
@@ -200,57 +200,3 @@ def _value(text: str) -> int | float | str:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"`{text}` is not a finite number")
     return value
-
-
-@click.command()
-@click.argument("campaign", required=False)
-@db_option
-@format_option
-def status(campaign: str | None, db: str, form: str) -> None:
-    """Say where CAMPAIGN stands, or every campaign."""
-    store = SqlStore.open(db)
-    try:
-        names = [campaign_in(store, campaign).name] if campaign else store.campaigns()
-        columns, rows = STATUS_COLUMNS, [status_row(store, name) for name in names]
-        if form == "table" and campaign and rows:
-            for column, value in zip(columns, rows[0], strict=True):
-                click.echo(f"{column:18} {'' if value is None else value}")
-        else:
-            print_rows(columns, rows, form)
-    finally:
-        store.close()
-
-
-STATUS_COLUMNS = (
-    "campaign", "status", "turn", "turns", "stage", "kept", "best_metric", "best_gain", "since_keep", "trial_hours",
-    "energy_kwh", "running_since", "running_as", "stop_reason", "learning",
-)  # fmt: skip
-
-
-def status_row(store: SqlStore, name: str) -> list[object]:
-    """Return a stored campaign's row of `overnight status`, in the order of `STATUS_COLUMNS`."""
-    state = store.campaign(name)
-    assert state is not None
-    position, spent = store.next_stage(state.id), store.spent(state.id)
-    best = None if state.best_attempt_id is None else store.attempt(state.best_attempt_id)
-    budget = state.spec["budget"]
-    assert isinstance(budget, dict)
-    alive = state.lease_owner is not None and is_alive(state.lease_owner, state.lease_seen_at)
-    stage = position.stage if state.environment_hash is not None else "calibrate"
-    return [
-        name,
-        state.status if alive or state.status != "running" else "stopped (run it again to go on)",
-        position.iteration - (0 if position.attempt_id else 1),
-        budget["iterations"],
-        stage if state.status != "finished" else None,
-        sum(total.kept for total in store.knob_totals(state.id)),
-        best.metric if best else None,
-        best.gain if best else None,
-        spent.since_keep,
-        round(spent.trial_hours, 4),
-        round(spent.energy_kwh, 4),
-        state.lease_since if alive else None,
-        state.lease_owner if alive else None,
-        state.stop_reason,
-        learning_state(store, state),
-    ]

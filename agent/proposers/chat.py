@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import ipaddress
+import json
 import ssl
 import threading
 import time
@@ -131,8 +132,10 @@ class ChatEndpoint:
         return ProposerError(f"endpoint `{self.base_url}`: {self.scrub(text)}", failure=failure)
 
     def scrub(self, text: str) -> str:
-        """Return `text` without the key, should a server send it back."""
-        return text.replace(self._key, "***") if self._key and len(self._key) >= 6 else text
+        """Return `text` without the key, should a server send it back, as it is or in a body's JSON."""
+        if not self._key or len(self._key) < 6:
+            return text
+        return text.replace(self._key, "***").replace(json.dumps(self._key)[1:-1], "***")
 
     def open(self) -> openai.AsyncOpenAI:
         """Return a client of the running loop: no retries of its own, no redirects, no time-outs but the deadline."""
