@@ -1,6 +1,6 @@
 """Train students on tasks of other kinds of text and let them propose on a kind they never saw.
 
-    python -P benchmarks/flywheel/students.py --kind python [--objective outcome] [--rows 6000] [--seeds 20] [--turns 50]
+    python -P benchmarks/flywheel/students.py --kind python [--objective outcome] [--seeds 20] [--turns 50]
 
 Appends one JSON line a campaign to results/students-KIND.jsonl and skips what is there, so that a run that was stopped
 goes on. The model (the bundled SmolLM2-135M, unless `--base` names another) is trained and asked with the product's
