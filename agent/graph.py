@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Send
@@ -84,7 +84,7 @@ GOES_ON: Mapping[StageName, StageName] = {"propose": "check_rails", "train": "va
 class CustomNode(Protocol):
     """A node of the host's own, ordinary or `async`; anything else that LangGraph takes for a node works too."""
 
-    def __call__(self, state: TurnState) -> TurnUpdate | Awaitable[TurnUpdate]:
+    def __call__(self, state: TurnState, /) -> TurnUpdate | Awaitable[TurnUpdate]:
         """Take the graph's state, return what changes in it.
 
         `state["attempt_id"]` is the attempt in hand (`store.attempt(...)` has all of it). After `propose`, a `veto` in
@@ -136,7 +136,7 @@ def turn_graph(
         source: str = name
         if name in after:
             source = f"after_{name}"
-            graph.add_node(source, after[name])
+            graph.add_node(source, cast("Any", after[name]))  # LangGraph's type wants the parameter's name, too
             graph.add_conditional_edges(name, partial(_divert, name, ends), {source: source, **_ends(*ends)})
         route = partial(_follow, frozenset(after) if name == "calibrate" else frozenset(), ends)
         if name in ALWAYS:
