@@ -1,9 +1,9 @@
-"""LoRA layers of peft, computed for training by one function each: fewer passes over memory, nothing kept twice.
+"""LoRA layers of peft, computed for training by one function for each group that shares an input.
 
-A layer keeps its input and nothing else; dropout is drawn again in the backward pass from the same seed. Products run
-in the precision that is fastest here (`fastest_products`), the adapter's own weights stay in float32. Modules of peft
-keep their parameters, so that an adapter is saved, loaded and switched as any other. Torch is imported here: for the
-model host only.
+A group (queries, keys and values; gate and up) keeps its input and the small product, nothing else; dropout is found
+again in the backward pass from the same seed. Products run in the precision that is fastest here (`fastest_products`).
+The adapter's weights stay in float32, in one vector of which peft's parameters are views, as their gradients are of
+another: what the optimizer does is one pass. Torch is imported here: for the model host only.
 """
 
 from __future__ import annotations
@@ -12,34 +12,50 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from overnight.store.errors import CampaignError
+
 Tensor = torch.Tensor
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that are given the same input."""
 _BYTE = 256
+_SEEDS = 1 << 31
 
 
 @dataclass(slots=True)
 class _Layer:
-    """One adapted linear layer."""
+    """One adapted linear layer, in the precision of products."""
 
     module: Any
     """Of peft."""
     weight: Tensor
-    """The base's, (out, in), in the precision of products."""
+    """The base's, (out, in)."""
     bias: Tensor | None
-    down: torch.nn.Parameter
-    """peft's `lora_A`, (r, in), float32."""
-    up: torch.nn.Parameter
-    """peft's `lora_B`, (out, r), float32."""
-    small_down: Tensor
-    """Copies in the precision of products,"""
-    small_up: Tensor
-    """this one with the adapter's scale in it."""
+    up: Tensor
+    """peft's `lora_B`, (out, r): a view."""
+    up_grad: Tensor
+    """Its gradient in float32: a view."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Adapted layers with one input."""
+
+    number: int
+    layers: list[_Layer]
+    down: Tensor
+    """peft's `lora_A` of all of them, (layers * r, in), in the precision of products: a view."""
+    down_grad: Tensor
+    """Its gradient in float32: a view."""
     scale: float
+    widest: int
+    """The most ranks that any group of the adapter has: kernels are compiled for it once."""
 
 
 class FusedLora:
@@ -50,109 +66,206 @@ class FusedLora:
         adapter: which adapter.
         dropout: of the input of each update.
         dtype: of the products.
+
+    Raises:
+        CampaignError: one of its layers is not a plain linear one.
     """
 
     def __init__(self, model: Any, adapter: str, *, dropout: float, dtype: torch.dtype) -> None:
-        from peft.tuners.lora import Linear
-
         # On a CPU a byte is drawn for each element: numpy does so many times faster than torch draws numbers.
         self.dropout = round(dropout * _BYTE) / _BYTE
-        self.dtype = dtype
         self.seed = 0
         """Of the dropout of the next pass; the backward pass must find the same."""
-        self._layers = [
-            _layer(module, adapter, dtype)
-            for module in model.modules()
-            if isinstance(module, Linear) and adapter in module.lora_A
+        modules = list(_grouped(model, adapter))
+        self._parameters = [
+            *(module.lora_A[adapter].weight for group in modules for module in group),
+            *(module.lora_B[adapter].weight for group in modules for module in group),
         ]
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapter's weights."""
-        return [parameter for layer in self._layers for parameter in (layer.down, layer.up)]
+        device = self._parameters[0].device
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self.vector = torch.nn.Parameter(torch.empty(sum(sizes), device=device))
+        """All weights of the adapter."""
+        self.vector.grad = torch.zeros_like(self.vector)
+        self._small = torch.empty_like(self.vector, dtype=dtype, requires_grad=False)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        """Makes autograd go through a layer whose input needs no gradient."""
+        places = [torch.split(one, sizes) for one in (self.vector.data, self.vector.grad, self._small)]
+        for parameter, value, grad in zip(self._parameters, places[0], places[1], strict=True):
+            shape = parameter.shape
+            parameter.data = value.view(shape).copy_(parameter.data)
+            parameter.grad = grad.view(shape)
+        self._groups = _groups(modules, adapter, self._small, self.vector.grad, dtype)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weights into the precision of products: before the first pass, and after each step."""
-        with torch.no_grad():
-            torch._foreach_copy_([layer.small_down for layer in self._layers], [layer.down for layer in self._layers])
-            torch._foreach_copy_([layer.small_up for layer in self._layers], [layer.up for layer in self._layers])
-            for scale in {layer.scale for layer in self._layers}:
-                torch._foreach_mul_([layer.small_up for layer in self._layers if layer.scale == scale], scale)
+        """Copy the weights into the precision of products: after each step."""
+        self._small.copy_(self.vector.data)
+
+    def release(self) -> None:
+        """Let peft's parameters stand for themselves again, without gradients."""
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Have the model compute its adapted layers here, inside the block."""
-        for number, layer in enumerate(self._layers):
-            layer.module.forward = self._forward(number, layer)
+        for group in self._groups:
+            _Siblings(self, group).install()
         try:
             yield
         finally:
-            for layer in self._layers:
-                del layer.module.forward
+            for group in self._groups:
+                for layer in group.layers:
+                    del layer.module.forward
 
-    def _forward(self, number: int, layer: _Layer) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            seed = self.seed * len(self._layers) + number
-            rate = self.dropout if torch.is_grad_enabled() else 0.0
-            flat = x.reshape(-1, x.shape[-1])
-            out: Tensor = _LoraLinear.apply(flat, layer.down, layer.up, layer, rate, seed)  # type: ignore[no-untyped-call]
-            return out.view(*x.shape[:-1], -1)
-
-        return forward
-
-
-def _layer(module: Any, adapter: str, dtype: torch.dtype) -> _Layer:
-    base, down, up = module.base_layer, module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return _Layer(
-        module=module,
-        weight=base.weight.detach().to(dtype),
-        bias=None if base.bias is None else base.bias.detach().to(dtype),
-        down=down,
-        up=up,
-        small_down=torch.empty_like(down, dtype=dtype),
-        small_up=torch.empty_like(up, dtype=dtype),
-        scale=module.scaling[adapter],
-    )
+    def outputs(self, group: _Group, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers of a group make of their input (..., in)."""
+        rate = self.dropout if torch.is_grad_enabled() else 0.0
+        seed = hash((self.seed, group.number)) % _SEEDS  # of whole numbers: the same in every process
+        flat = x.reshape(-1, x.shape[-1])
+        outs = _LoraGroup.apply(self._anchor, flat, group, rate, seed)  # type: ignore[no-untyped-call]
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x W' + bias + scale * dropout(x) A' B' over (tokens, in)."""
+class _Siblings:
+    """Computes a group when its first layer is called, and hands the others their parts."""
+
+    def __init__(self, fused: FusedLora, group: _Group) -> None:
+        self._fused, self._group = fused, group
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def install(self) -> None:
+        for place, layer in enumerate(self._group.layers):
+            layer.module.forward = lambda x, place=place: self._output(place, x)
+
+    def _output(self, place: int, x: Tensor) -> Tensor:
+        if self._input is not x or place not in self._outputs:
+            self._input, self._outputs = x, dict(enumerate(self._fused.outputs(self._group, x)))
+        found = self._outputs.pop(place)
+        if not self._outputs:
+            self._input = None
+        return found
+
+
+def _grouped(model: Any, adapter: str) -> Iterator[list[Any]]:
+    """Yield peft's layers, siblings together."""
+    from peft.tuners.lora import Linear
+
+    for parent in model.modules():
+        layers = {name: child for name, child in parent.named_children() if adapter in getattr(child, "lora_A", ())}
+        for name, layer in layers.items():
+            if not (isinstance(layer, Linear) and isinstance(layer.base_layer, torch.nn.Linear)):
+                raise CampaignError(f"`{name}` of the base model is no plain linear layer; leave it out of `targets`")
+        for names in SIBLINGS:
+            together = [layers.pop(name) for name in names if name in layers]
+            if together:
+                yield together
+        yield from ([layer] for layer in layers.values())
+
+
+def _groups(modules: list[list[Any]], adapter: str, small: Tensor, grads: Tensor, dtype: torch.dtype) -> list[_Group]:
+    """Return the groups, their weights and gradients as views: first all of `lora_A`, then all of `lora_B`."""
+    groups, at = [], 0
+    widest = max(sum(module.r[adapter] for module in members) for members in modules)
+    for number, members in enumerate(modules):
+        ranks, width = sum(m.r[adapter] for m in members), members[0].in_features
+        place = slice(at, at + ranks * width)
+        scale = members[0].scaling[adapter]
+        down, down_grad = (one[place].view(ranks, width) for one in (small, grads))
+        groups.append(_Group(number, [], down, down_grad, scale, widest))
+        at = place.stop
+    for group, members in zip(groups, modules, strict=True):
+        for module in members:
+            base, shape = module.base_layer, module.lora_B[adapter].weight.shape
+            place = slice(at, at + shape.numel())
+            group.layers.append(
+                _Layer(
+                    module=module,
+                    weight=base.weight.detach().to(dtype),
+                    bias=None if base.bias is None else base.bias.detach().to(dtype),
+                    up=small[place].view(shape),
+                    up_grad=grads[place].view(shape),
+                )
+            )
+            at = place.stop
+    return groups
+
+
+class _LoraGroup(torch.autograd.Function):
+    """x W' + bias + scale * dropout(x) A' B' over (tokens, in), for each layer of a group."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 the signature of autograd
         ctx: Any,
+        anchor: Tensor,  # noqa: ARG004
         x: Tensor,
-        down: Tensor,  # noqa: ARG004 here and next, so that autograd asks for their gradients
-        up: Tensor,  # noqa: ARG004
-        layer: _Layer,
+        group: _Group,
         rate: float,
         seed: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.dtype = x.dtype
-        x = x.to(layer.weight.dtype)
-        small = _dropped(x, rate, seed)[0] @ layer.small_down.T
-        out = F.linear(x, layer.weight, layer.bias).addmm_(small, layer.small_up.T)
+        x = x.to(group.down.dtype)
+        small = _down(x, group, rate, seed)
         ctx.save_for_backward(x, small)
-        ctx.layer, ctx.rate, ctx.seed = layer, rate, seed
-        return out.to(ctx.dtype)
+        ctx.group, ctx.rate, ctx.seed = group, rate, seed
+        parts = torch.chunk(small, len(group.layers), dim=1)
+        return tuple(
+            F.linear(x, layer.weight, layer.bias).addmm_(part, layer.up.T).to(ctx.dtype)
+            for layer, part in zip(group.layers, parts, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, small = ctx.saved_tensors
-        layer: _Layer = ctx.layer
-        grad = grad.to(x.dtype)
-        of_small = grad @ layer.small_up
-        dropped, kept = _dropped(x, ctx.rate, ctx.seed)
-        of_down = (of_small.T @ dropped).float()
-        of_up = (grad.T @ small).float().mul_(layer.scale)
-        if not ctx.needs_input_grad[0]:
-            return None, of_down, of_up, None, None, None
-        of_x = grad @ layer.weight
-        if kept is None:
-            of_x.addmm_(of_small, layer.small_down)
-        else:
-            of_x.addcmul_(of_small @ layer.small_down, kept, value=1 / (1 - ctx.rate))
-        return of_x.to(ctx.dtype), of_down, of_up, None, None, None
+        group: _Group = ctx.group
+        of_small = torch.empty_like(small)
+        of_x = None
+        count = len(group.layers)
+        for layer, grad, part, of_part in zip(
+            group.layers, grads, torch.chunk(small, count, dim=1), torch.chunk(of_small, count, dim=1), strict=True
+        ):
+            grad = grad.to(x.dtype)  # noqa: PLW2901
+            torch.mm(grad, layer.up, out=of_part)
+            layer.up_grad.add_(grad.T @ part)
+            if ctx.needs_input_grad[1]:
+                of_x = grad @ layer.weight if of_x is None else of_x.addmm_(grad, layer.weight)
+        _down_backward(x, of_small, of_x, group, ctx.rate, ctx.seed)
+        return None, None if of_x is None else of_x.to(ctx.dtype), None, None, None
+
+
+def _down(x: Tensor, group: _Group, rate: float, seed: int) -> Tensor:
+    """Return scale * dropout(x) A'."""
+    if _kernels(x):
+        from overnight.distill.kernels import lora_down
+
+        return lora_down(x, group.down, rate, seed, group.scale, group.widest)
+    return (_dropped(x, rate, seed)[0] @ group.down.T).mul_(group.scale)
+
+
+def _down_backward(  # noqa: PLR0917
+    x: Tensor, small: Tensor, of_x: Tensor | None, group: _Group, rate: float, seed: int
+) -> None:
+    """Add the gradients through `_down` to those of its input and of A."""
+    if _kernels(x):
+        from overnight.distill.kernels import lora_down_backward
+
+        lora_down_backward(x, small, group.down, of_x, group.down_grad, rate, seed, group.scale, group.widest)
+        return
+    small.mul_(group.scale)
+    dropped, kept = _dropped(x, rate, seed)
+    group.down_grad.add_(small.T @ dropped)
+    if of_x is None:
+        return
+    if kept is None:
+        of_x.addmm_(small, group.down)
+    else:
+        of_x.addcmul_(small @ group.down, kept, value=1 / (1 - rate))
+
+
+def _kernels(x: Tensor) -> bool:
+    return x.is_cuda and find_spec("triton") is not None
 
 
 def _dropped(x: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None]:

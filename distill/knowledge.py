@@ -70,6 +70,11 @@ class Knowledge:
             return shrink(estimate.mean, math.sqrt(estimate.variance), self.prior)
         return Spoilt() if change in self._spoilt else None
 
+    def measured(self, baseline: Config, change: Change) -> float | None:
+        """Return the mean gain of the trials of `change` on `baseline` itself, not shrunk; None where there is none."""
+        own = self._here.get((baseline_key(baseline), change))
+        return None if own is None else _pooled(own).mean
+
     def worth(self, lesson: Lesson) -> Known:
         """Return what is known of a lesson's own change, where it was tried."""
         return self.gain(lesson.baseline, lesson.change)

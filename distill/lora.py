@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from overnight.distill.encoding import EncodedRow
+from overnight.distill.fused_blocks import fused_blocks
 from overnight.distill.fused_lora import FusedLora, fastest_products
 from overnight.distill.losses import pack_loss
 from overnight.distill.packed_attention import needs_masks, packed_attention, require_full_attention
@@ -87,12 +88,10 @@ class LoraTraining:
         dtype = product_dtype or fastest_products(self._device, model.dtype)
         self._fused = FusedLora(model, adapter, dropout=recipe.dropout, dtype=dtype)
         self._head = _head(model).to(dtype)
-        for parameter in self._fused.parameters:
-            parameter.requires_grad_(True)
+        vector = self._fused.vector
         self._optimizer = torch.optim.AdamW(
-            self._fused.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+            [vector], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
-        self._fused.refresh()
 
     @property
     def most_tokens(self) -> int:
@@ -142,11 +141,11 @@ class LoraTraining:
                 break
             except torch.OutOfMemoryError as error:
                 message = str(error)  # the error itself holds the frames, and these the memory
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad(set_to_none=False)
             self._shrink(batch, message)
-        torch.nn.utils.clip_grad_norm_(self._fused.parameters, self._recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self._fused.vector, self._recipe.max_grad_norm)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=False)  # the gradients of the layers are views of this one
         self._fused.refresh()
         return loss
 
@@ -189,7 +188,7 @@ class LoraTraining:
     def _training(self) -> Iterator[None]:
         self._model.train()  # what `transformers` asks before it computes layers twice
         try:
-            with packed_attention(self._model), self._fused.installed():
+            with packed_attention(self._model), fused_blocks(self._model), self._fused.installed():
                 yield
         finally:
             self._model.eval()

@@ -21,6 +21,8 @@ CONTEXT = int(0.75 * GIB)
 WORKING = 2 * GIB
 """Logits piece by piece, gradients and moments of the adapter, and what one layer's backward pass needs at once."""
 MARGIN = 1.1
+MOST_TOKENS = 1 << 16
+"""Of a pack, whatever memory there is: places in a pack's activations are counted in 32 bits."""
 
 
 class Allowance:
@@ -32,12 +34,13 @@ class Allowance:
     """
 
     def __init__(self, device: torch.device, limit_gib: float | None) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+        self._device = torch.device(device.type, index)  # the allocator wants a number
         self._limit = None if limit_gib is None else int(limit_gib * GIB)
         self._cuda = device.type == "cuda"
         if self._cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def tokens(self, bytes_each: int) -> int:
         """Return how many tokens a pack may have, at least 1, given what each one keeps for the backward pass.
@@ -55,7 +58,7 @@ class Allowance:
                     "raise it, or choose a smaller base model",
                     failure="llm_error",
                 )
-        return max(1, int((room - min(WORKING, room // 2)) / (bytes_each * MARGIN)))
+        return min(MOST_TOKENS, max(1, int((room - min(WORKING, room // 2)) / (bytes_each * MARGIN))))
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
