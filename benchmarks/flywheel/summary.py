@@ -26,6 +26,15 @@ POINTS = (5, 10, 25, 50, 100)
 DRAWS = 2000
 STUDENT, COMBINED = "outcome-greedy", "student+tpe"
 RIVALS = ("tpe", "free-tpe", "zero-shot", "zero-shot-greedy", "random")
+CHECKS = (
+    ("random-again", "random"),
+    ("cheat", "outcome-greedy"),
+    ("shuffled-greedy", "outcome-greedy"),
+    ("shuffled", "random"),
+    ("clone", "outcome"),
+    ("others", "outcome-greedy"),
+)
+"""Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#e0a030", "#555555", "#00a5a5", "#a0522d")
