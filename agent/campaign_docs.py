@@ -1,4 +1,4 @@
-"""`docs/campaign.md` and `docs/campaign.schema.json`, generated from the models that read a campaign file.
+"""`docs/campaign.md`, `docs/campaign.schema.json` and `docs/events.md`, generated from what they tell of.
 
     python -P -m overnight.agent.campaign_docs docs
 
@@ -21,12 +21,14 @@ from pydantic.fields import FieldInfo
 
 from overnight.agent import campaign
 from overnight.agent import campaign_file as tables
+from overnight.agent.event_docs import events_markdown
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.sampler import OptunaProposer
 from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.trainer.command_settings import CommandSettings
+from overnight.trainer.function import FunctionSettings
 from overnight.trainer.gpt_settings import GptSettings
 from overnight.trainer.scripted import ScriptedSettings
 
@@ -44,6 +46,11 @@ TABLES: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("[notify]", tables.NotifySection, ""),
     ("[trainer] of `gpt`", GptSettings, ""),
     ("[trainer] of `command`", CommandSettings, ""),
+    (
+        "[trainer] of `function`",
+        FunctionSettings,
+        "From Python the function itself is given instead: see [the API](api.md).",
+    ),
     ("[trainer] of `scripted`", ScriptedSettings, "For tests: a trainer without training."),
     ("[proposers.NAME] of kind `openai`", OpenAIProposer.Settings, ""),
     ("[proposers.NAME] of kind `student`", StudentProposer.Settings, ""),
@@ -128,10 +135,11 @@ def _default(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Write both files into the folder named on the command line."""
+    """Write the files into the folder named on the command line."""
     folder = Path(sys.argv[1])
     (folder / "campaign.md").write_text(campaign_markdown(), encoding="utf-8")
     (folder / "campaign.schema.json").write_text(campaign_schema(), encoding="utf-8")
+    (folder / "events.md").write_text(events_markdown(), encoding="utf-8")
 
 
 if __name__ == "__main__":

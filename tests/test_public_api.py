@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ def test_names_and_signatures_are_those_that_were_promised() -> None:
 def test_every_event_is_public() -> None:
     every = {event.__name__ for event in overnight.Event.__subclasses__()}
     assert every <= set(overnight.events.__all__), "add it to overnight/events.py"
+
+
+def test_the_page_of_the_api_has_every_name() -> None:
+    page = (SNAPSHOT.parents[1] / "docs" / "api.md").read_text()
+    assert [name for name in overnight.__all__ if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:

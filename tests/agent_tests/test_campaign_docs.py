@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from overnight.agent.campaign_docs import TABLES, campaign_markdown, campaign_schema
+from overnight.agent.event_docs import events_markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 REMEDY = "run `make docs`"
@@ -17,6 +18,10 @@ def test_the_page_is_what_the_models_say() -> None:
 
 def test_the_schema_is_what_the_models_say() -> None:
     assert (DOCS / "campaign.schema.json").read_text() == campaign_schema(), REMEDY
+
+
+def test_the_page_of_events_is_what_their_classes_say() -> None:
+    assert (DOCS / "events.md").read_text() == events_markdown(), REMEDY
 
 
 @pytest.mark.parametrize(("title", "model"), [table[:2] for table in TABLES], ids=[table[0] for table in TABLES])
