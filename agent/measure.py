@@ -22,6 +22,7 @@ from overnight.store.protocol import Attempt, CampaignState, NewTrial, Trial
 from overnight.store.records import Config, FailureClass, Purpose, Split, TrialProgress, TrialRequest, TrialResult
 
 DUEL_ROLES = ("duel_champion", "duel_challenger")
+PROBE_STEPS = 2
 HARNESS_RETRIES = 1
 """How often a trial is run again when the harness, not the candidate, was at fault."""
 
@@ -125,6 +126,24 @@ def run_trial(
         )
     )
     return result
+
+
+def probe(runtime: Runtime, state: CampaignState) -> None:
+    """Try two steps of the baseline, which ran before: whether the harness works, at the cost of no turn.
+
+    Raises:
+        TrainerError: it does not.
+        PauseRequested: SIGTERM came.
+    """
+    assert state.baseline_config_id is not None
+    config = runtime.store.config_of(state.baseline_config_id)
+    timeout_s = runtime.campaign.file.budget.trial_timeout_s
+    request = TrialRequest(config, calibration_seeds(runtime)[0], "val", timeout_s, max_steps=PROBE_STEPS)
+    with runtime.waiting():
+        result = runtime.trainer.run(request, lambda _progress: None)
+    if result.failure is not None:
+        raise TrainerError(f"not even the baseline runs now ({result.failure}): {last_line(result.trace)}")
+    runtime.faults.over("trainer")
 
 
 def _commit(runtime: Runtime, config: Config, new: NewTrial) -> None:
@@ -289,7 +308,7 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
         seed,
         purpose=purpose,
         attempt=attempt,
-        replicate=series.last_replicate.get(seed, -1) + 1,
+        replicate=_next_replicate(runtime, state, config_id, seed),
         number=number,
         of=of,
     )
@@ -300,6 +319,12 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
             f"campaign `{runtime.name}`: the baseline failed ({result.failure}) on seed {seed}, though it ran before: "
             f"{last_line(result.trace)}; free what it needs and run again to go on"
         )
+
+
+def _next_replicate(runtime: Runtime, state: CampaignState, config_id: str, seed: int) -> int:
+    """Return the number of the next run of a seed, whoever ran it before: an earlier attempt may have lost some."""
+    runs = [trial.replicate for trial in _read_trials(runtime, state, config_id, "val") if trial.seed == seed]
+    return max(runs, default=-1) + 1
 
 
 def last_line(trace: str) -> str:

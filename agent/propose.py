@@ -157,7 +157,8 @@ def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:
         runtime.faults.began(fault, str(error), iteration=ask.iteration)
         raise ProposerError(str(error), failure="llm_error") from error
     runtime.answered.add(name)
-    runtime.faults.over(fault)
+    if turn.role != "fallback":  # which may have the same name, and always answers
+        runtime.faults.over(fault)
     return answer
 
 

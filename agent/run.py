@@ -19,6 +19,7 @@ from overnight.agent.campaign import Campaign, frozen_part
 from overnight.agent.checkpoints import checkpointer
 from overnight.agent.deadline import deadline_of
 from overnight.agent.events import Hooks, Paused, RunStarted, Stopped
+from overnight.agent.measure import probe
 from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_REASON = 500
 HARNESS_IN_A_ROW = 3
-"""After so many candidates in a row that the harness lost, the harness is at fault: it is waited for."""
+"""After so many candidates in a row that the harness lost, it is tried on the baseline, and waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +267,7 @@ def _run_turns(runtime: Runtime, checkpoints: Path | None) -> RunResult | None:
                 return None
             lost = lost + 1 if _was_lost(runtime, output) else 0
             if lost >= HARNESS_IN_A_ROW:
-                error = TrainerError(f"the last {lost} candidates were all lost by the harness; see `overnight show`")
-                runtime.faults.hold("trainer", error)
+                _waiting_out(runtime, lambda: probe(runtime, runtime.state()))
         return None
 
 

@@ -20,6 +20,7 @@ from overnight.agent.campaign import Campaign
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar
 
 LAST_DECISIONS = 6
+_PAUSING = {"SIGTERM": "dropping what is under way, and pausing"}
 _STYLE = {"kept": "bold green", "reverted": "default", "blocked": "yellow", "failed": "red"}
 
 
@@ -82,8 +83,14 @@ def describe(event: events.Event, campaign: Campaign) -> str | None:
         case events.HoldoutSkipped():
             return f"locked holdout: {event.reason}"
         case events.Finished():
-            return f"finished after {event.iterations} turns: {event.stop_reason}"
-    return describe_learning(event)
+            return f"finished after {event.iterations} turns: {event.why or event.stop_reason}"
+        case events.Fault():
+            return f"{'waiting: ' if event.waits else ''}{event.what}: {event.detail}"
+        case events.FaultOver():
+            return f"{event.what} works again after {event.wall_s:.0f} s"
+        case events.TrialDropped():
+            return f"dropped a trial after {event.wall_s:.0f} s ({event.reason}); it is run again"
+    return describe_learning(event) or describe_contest(event)
 
 
 def decision_text(event: events.Decided, campaign: Campaign) -> str:
@@ -114,7 +121,7 @@ class PlainLines:
 
     def on_signal(self, name: str) -> None:
         """Say that the run stops soon."""
-        click.echo(f"{name}: pausing after the current trial", err=True)
+        click.echo(f"{name}: {_PAUSING.get(name, 'pausing after the current trial')}", err=True)
 
 
 class LivePanel:
@@ -142,7 +149,7 @@ class LivePanel:
 
     def on_signal(self, name: str) -> None:
         """Say that the run stops soon."""
-        self._note = f"{name}: pausing after the current trial; again to stop at once"
+        self._note = f"{name}: {_PAUSING.get(name, 'pausing after the current trial')}; again to stop at once"
 
     def on_event(self, event: events.Event) -> None:
         """Take the event into the panel; lines that stay are printed above it."""
