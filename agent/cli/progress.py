@@ -17,6 +17,7 @@ from rich.text import Text
 
 from overnight.agent import events
 from overnight.agent.campaign import Campaign
+from overnight.agent.cli.contest_lines import describe_contest
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar
 
 LAST_DECISIONS = 6
