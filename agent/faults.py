@@ -60,8 +60,10 @@ class FaultLog:
 
         Raises:
             PauseRequested: a pause was asked for meanwhile.
-            OvernightError: `error`, when the fault has lasted too long.
+            OvernightError: `error`, when the fault has lasted too long, or nobody wants it waited out.
         """
+        if not self._runtime.waits_out_faults:
+            raise error
         self.began(what, str(error), waits=True)
         if clock.time() - self._since[what] > GIVE_UP_S:
             raise error

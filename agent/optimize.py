@@ -82,6 +82,7 @@ def optimize(
     Raises:
         InputError: the function cannot be called with (config, seed), or cannot be sent to another process.
         CampaignError: a knob or a setting is wrong, or the baseline does not run; the message says what to change.
+        TrainerError: the baseline, which ran before, fails now.
     """
     check_signature(fn)
     proposers, table = _proposers(proposer)
@@ -150,6 +151,7 @@ def _run(
         shown = [stack.enter_context(progress_hook(campaign))] if progress else []
         runtime = open_runtime(campaign, store, trainer=fn, proposers=proposers, hooks=[*hooks, *shown])
         stack.callback(runtime.close)
+        runtime.waits_out_faults = False
         state = store.campaign(campaign.name)
         if state is None or state.status != "finished" or not is_over(runtime, state):
             switch = PauseSwitch(on_signal=lambda name: LOG.warning("%s: pausing after the current trial", name))

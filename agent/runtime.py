@@ -25,7 +25,7 @@ from overnight.rails.gate import NoveltyRail, Rail
 from overnight.rails.menu import Menu
 from overnight.store import clock
 from overnight.store.errors import CampaignError, StorageFaultError
-from overnight.store.hashing import digest
+from overnight.store.hashing import JsonValue, digest
 from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore, Trial
 from overnight.store.records import Config, Split, TrainerInfo
 from overnight.store.writer import trainer_hash
@@ -67,6 +67,8 @@ class Runtime:
     """When the trial under way is dropped, so that what has to follow fits before the deadline."""
     has_measured: bool = False
     """Whether a trial of this process measured something: what fails later than that is waited out."""
+    waits_out_faults: bool = True
+    """False: somebody sits and waits for the result, so a fault is raised at once."""
     answered: set[str] = field(default_factory=set)
     """The proposers that have answered in this process."""
     info: TrainerInfo | None = None
@@ -84,6 +86,8 @@ class Runtime:
     """Students with their adapters, by name and version."""
     deferred: set[int] = field(default_factory=set)
     """Challengers about whom this process asked a person without getting an answer."""
+    ask_person: Callable[[Mapping[str, JsonValue]], str] = lambda _question: "later"
+    """Puts a question of the graph to a person: `yes`, `no` or `later`."""
     _state: CampaignState | None = None
     _noise: Noise | None = None
     _noise_known: bool = False

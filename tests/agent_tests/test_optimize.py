@@ -23,7 +23,7 @@ from overnight.agent.optimize import optimize
 from overnight.agent.proposers.protocol import reply_text
 from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.result import Result
-from overnight.store.errors import CampaignError, InputError, MenuError
+from overnight.store.errors import CampaignError, InputError, MenuError, TrainerError
 
 KNOBS: Mapping[str, Any] = {"lr": Float(1e-4, 1e-1, log=True, default=1e-1, levels=4), "act": ["relu", "gelu"]}
 QUICK: Mapping[str, Any] = {"settings": {"router": {"explore": 0.0}}}
@@ -280,3 +280,18 @@ def test_wrong_use_is_one_clear_line(change: dict[str, Any], error: type[Excepti
     with pytest.raises(error, match=words) as raised:
         optimize(**arguments)
     assert "\n" not in str(raised.value)
+
+
+def test_a_baseline_that_fails_later_is_raised_and_not_waited_out(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+
+    def device(config: dict[str, Any], seed: int) -> float:
+        if config["x"] == 2:
+            gone.touch()  # the next time that the baseline is run, its device is not there
+        elif gone.exists():
+            raise RuntimeError("no device")
+        return config["x"] + random.Random(f"{seed}{config}").gauss(0, 0.1)
+
+    options: dict[str, Any] = {"settings": {"decision": {"calibration_trials": 2}}, "proposer": "random"}
+    with pytest.raises(TrainerError, match="the baseline failed .crash. on seed"):
+        optimize(device, {"x": [1, 2]}, iterations=1, direction="max", **options)
