@@ -69,8 +69,6 @@ def _trainer(campaign: Campaign) -> Iterator[Want]:
         find = outside_glob if local == data else outside_tree
         yield from _paths("trainer", "trainer.data", find(campaign.folder, local))
     if name == "function" and isinstance(function := settings.get("function"), str):
-        yield Want("trainer", "command", "trainer.function", f"{function} in {os.path.realpath(campaign.folder)}")
-    if name == "function" and isinstance(function := settings.get("function"), str):
         yield Want("trainer", "code", "trainer.function", f"{function}, looked for in {folder} and what is installed")
     if name == "command":
         cwd = os.path.realpath(campaign.folder / str(settings.get("cwd", ".")))
@@ -86,6 +84,7 @@ def _proposers(campaign: Campaign) -> Iterator[Want]:
         yield from _plugin("proposers", f"{key}.kind", PROPOSERS, str(kind))
         if kind == "openai":
             yield from _key(key, table)
+            yield from _served(key, table)
         for setting in ("base_model", "adapter") if kind == "student" else ():
             value = table.get(setting)
             if isinstance(value, str) and value != bundled.NAME:
@@ -135,6 +134,13 @@ def _key(key: str, table: Mapping[str, object]) -> Iterator[Want]:
         return
     if not is_loopback(host):
         yield Want("proposers", "key", key, f"the value of {variable} to {where}")
+
+
+def _served(key: str, table: Mapping[str, object]) -> Iterator[Want]:
+    """Yield the folder outside this machine's view that a server is told to load adapters from."""
+    root, url = table.get("adapter_root"), table.get("base_url")
+    if isinstance(root, str):
+        yield Want("proposers", "path", f"{key}.adapter_root", f"{root}, as the server at {url} sees it")
 
 
 def _words(value: object) -> list[str]:
