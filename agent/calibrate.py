@@ -16,7 +16,7 @@ from overnight.agent.measure import calibration_seeds, last_line, run_trial, ser
 from overnight.agent.runtime import Runtime
 from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.protocol import CampaignState
-from overnight.store.records import Config, TrainerKind, TrialResult
+from overnight.store.records import Config, FailureClass, TrainerKind, TrialResult
 from overnight.trainer.noise import Spread, classify, paired_noise, trial_noise
 
 
@@ -98,13 +98,17 @@ def _refuse(runtime: Runtime, result: TrialResult) -> None:
     what = f"the baseline failed ({result.failure}): {last_line(result.trace)}"
     if result.failure == "harness":
         raise TrainerError(f"campaign `{runtime.name}`: {what}")
-    remedy = {
+    raise CampaignError(f"{runtime.campaign.path}: {what}; {remedy_of(result.failure)}")
+
+
+def remedy_of(failure: FailureClass | None) -> str:
+    """Return what to do about a baseline that failed."""
+    return {
         "oom": "choose smaller defaults",
         "timeout": "raise `budget.trial_timeout_s` or choose smaller defaults",
         "nan": "choose a smaller default learning rate",
         "unsupported": "choose other defaults",
-    }.get(result.failure or "", "mend the trainer or its settings")
-    raise CampaignError(f"{runtime.campaign.path}: {what}; {remedy}")
+    }.get(failure or "", "mend the trainer or its settings")
 
 
 def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:

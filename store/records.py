@@ -20,7 +20,7 @@ Outcome = Literal["kept", "reverted", "blocked", "failed"]
 Stage = Literal["proposed", "checked", "trained", "validated", "decided"]
 """The last stage of an attempt that is committed."""
 FailureClass = Literal["oom", "nan", "timeout", "crash", "unsupported", "llm_timeout", "llm_error", "harness"]
-Purpose = Literal["calibration", "screening", "confirmation", "audit", "baseline", "duel", "holdout"]
+Purpose = Literal["calibration", "screening", "confirmation", "audit", "baseline", "duel", "race", "holdout"]
 TrainerKind = Literal["exact", "noisy", "unseeded"]
 """How a trainer answers to its seed: repeats bit for bit, repeats roughly, or not at all."""
 
@@ -86,3 +86,5 @@ class TrainerInfo:
     """The trainer's own numbers that constraints may use (`steps`, `val_tokens`, ...)."""
     holdout_data: bool = True
     """Whether the holdout is data kept aside; False: a holdout trial differs by its fresh seed alone."""
+    data: str = ""
+    """What it trains and validates on, in words."""

@@ -99,6 +99,8 @@ class GptTrainer:
             environment=machine.environment,
             has_holdout=True,
             numbers=settings.numbers(self._context.knobs),
+            data=f"{settings.data}: {shards.train.size:,} tokens to train on, {shards.val.size:,} to validate, "
+            f"{shards.holdout.size:,} kept aside ({settings.tokenizer}, {corpus.vocab:,} in the vocabulary)",
         )
         return _Ready(corpus, shards, machine, Energy(find_meter(gpu=machine.gpu)), info)
 

@@ -127,7 +127,9 @@ class ScriptedTrainer:
             metric, failure, trace = None, "oom", last_lines(traceback.format_exc())
         except Exception:  # noqa: BLE001 the objective is a caller's function: whatever it raises is the trial's crash
             metric, failure, trace = None, "crash", last_lines(traceback.format_exc())
-        return TrialResult(metric, failure, trace, wall_s=time.monotonic() - started, steps=self.settings.steps)
+        return TrialResult(
+            metric, failure, trace, wall_s=time.monotonic() - started, steps=_steps(self.settings, request)
+        )
 
     def _measure(self, request: TrialRequest, report: Report) -> tuple[float | None, FailureClass | None, str]:
         if request.split == "holdout" and not self.settings.holdout:
@@ -136,11 +138,10 @@ class ScriptedTrainer:
         if fault is not None:
             failure = _enact(fault)
             return None, failure, f"scripted fault `{fault}`"
-        steps = min(self.settings.steps, request.max_steps or self.settings.steps)
-        for step in range(1, steps + 1):
+        for step in range(1, _steps(self.settings, request) + 1):
             if self.settings.sleep_s:
-                time.sleep(self.settings.sleep_s / steps)
-            report(TrialProgress(step, steps))
+                time.sleep(self.settings.sleep_s / self.settings.steps)
+            report(TrialProgress(step, self.settings.steps))
         metric = self._fn(request.config, request.seed) if self._fn else self.value(request)
         return (metric, None, "") if math.isfinite(metric) else (None, "nan", f"the metric is {metric}")
 
@@ -182,6 +183,10 @@ class ScriptedTrainer:
 
     def close(self) -> None:
         """See `Trainer.close`; nothing is held."""
+
+
+def _steps(settings: ScriptedSettings, request: TrialRequest) -> int:
+    return min(settings.steps, request.max_steps or settings.steps)
 
 
 def _keys(config: Config) -> list[str]:

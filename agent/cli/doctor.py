@@ -1,124 +1,101 @@
-"""`overnight doctor`: what works here, and how to mend what does not."""
+"""`overnight doctor`: what works here, what a campaign's night will need, and how to mend what does not work."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import click
 
 from overnight.agent.cli.options import db_option, format_option, print_rows
+from overnight.agent.cli.permission import allow_option, permitted
+from overnight.agent.doctor.finding import Finding, amiss
 from overnight.store.errors import OvernightError
 
-_TORCH_PROBE = """
-import json, torch
-cuda = torch.cuda.is_available()
-fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
-name = torch.cuda.get_device_name() if cuda else "CPU, %d threads" % torch.get_num_threads()
-print(json.dumps({"torch": torch.__version__, "device": name, "cuda": cuda, "fp8": fp8}))
-"""
-MIN_FREE_GIB = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    ok: bool
-    found: str
-    remedy: str = ""
+COLUMNS = ("state", "what", "found", "remedy")
+_STYLES = {"ok": {"fg": "green"}, "note": {"fg": "yellow"}, "NO": {"fg": "red", "bold": True}}
 
 
 @click.command()
 @click.argument("campaign", required=False)
 @db_option
 @format_option
-def doctor(campaign: str | None, db: str, form: str) -> None:
-    """Say what works here, and how to mend what does not; with CAMPAIGN, also what that one needs.
+@click.option("--json", "as_json", is_flag=True, help="The same as `--format json`.")
+@allow_option
+def doctor(*, campaign: str | None, db: str, form: str, as_json: bool, allowing: bool) -> None:
+    """Say what works here, and how to mend what does not; with CAMPAIGN, try everything that its night will need.
 
-    Exit code 0 when nothing is amiss, 1 otherwise.
+    Trying means: one real proposal of each proposer, a trial of the defaults and two steps of the largest
+    configuration. Nothing is written to the store. Exit code 0 when the campaign would start, 1 when something is
+    amiss.
     """
-    findings = [_python(), _torch(), _disk(db), _database(db), *_plugins()]
-    if campaign is not None:
-        findings += _campaign(campaign)
-    rows = [("ok" if f.ok else "NO", f.what, f.found, f.remedy) for f in findings]
-    print_rows(("state", "what", "found", "remedy"), rows, form)
-    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+    form = "json" if as_json else form
+    found = []
+    with ExitStack() as stack:
+        waiting = _Waiting(stack, quiet=form != "table")
+        for finding in _findings(campaign, db, allowing, waiting):
+            found.append(finding)
+            if form == "table":
+                waiting.print(_lines(finding))
+    if form != "table":
+        print_rows(COLUMNS, [(each.state, each.what, each.found, each.remedy) for each in found], form)
+    sys.exit(1 if any(each.state == "NO" for each in found) else 0)
 
 
-def _python() -> Finding:
-    return Finding("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
+class _Waiting:
+    """A line on standard error that says what is being tried, where somebody watches."""
+
+    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        self._status = None if quiet or not console.is_terminal else stack.enter_context(console.status("looking"))
+
+    def __call__(self, what: str) -> None:
+        if self._status is not None:
+            self._status.update(f"trying {what}")
+
+    def print(self, text: str) -> None:
+        """Print a finding; the waiting line stays below it."""
+        if self._status is not None:
+            self._status.stop()
+        click.echo(text)
+        if self._status is not None:
+            self._status.start()
 
 
-def _torch() -> Finding:
-    try:
-        probe = subprocess.run(
-            [sys.executable, "-P", "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120, check=True
-        )
-        found = json.loads(probe.stdout)
-    except (subprocess.SubprocessError, ValueError) as error:
-        return Finding("torch", False, type(error).__name__, "reinstall torch: `pip install --force-reinstall torch`")
-    precisions = "float32" if not found["cuda"] else "bf16, fp8" if found["fp8"] else "bf16"
-    return Finding("torch", True, f"{found['torch']} on {found['device']} ({precisions})")
+def _findings(campaign: str | None, db: str, allowing: bool, waiting: _Waiting) -> Iterator[Finding]:
+    from overnight.agent.doctor.checkup import campaign_findings, machine_findings
+    from overnight.agent.doctor.machine import disk
 
-
-def _disk(db: str) -> Finding:
-    folder = Path() if "://" in db else Path(db).absolute().parent
-    free = shutil.disk_usage(folder).free / 2**30
-    return Finding(
-        "disk", free >= MIN_FREE_GIB, f"{free:.1f} GiB free", f"free {MIN_FREE_GIB:g} GiB for data and history"
-    )
-
-
-def _database(db: str) -> Finding:
-    from overnight.store.sql_store import SqlStore
-
-    if "://" not in db and not Path(db).exists():
-        return Finding("database", True, f"{db} will be made by the first run")
-    try:
-        store = SqlStore.open(db)
-    except OvernightError as error:
-        return Finding("database", False, str(error), "see the message")
-    names = store.campaigns()
-    store.close()
-    return Finding("database", True, f"{db}: {len(names)} campaigns")
-
-
-def _plugins() -> list[Finding]:
-    from overnight.agent.proposers.registry import installed_kinds
-    from overnight.rails.registry import installed_rails
-    from overnight.trainer.registry import installed_trainers
-
-    trainers = [f"{name} ({point.dist.name if point.dist else '?'})" for name, point in installed_trainers().items()]
-    kinds = [f"{kind.kind} ({kind.distribution})" for kind in installed_kinds()]
-    rails = [f"{point.name} ({point.dist.name if point.dist else '?'})" for point in installed_rails()]
-    return [
-        Finding("rails", bool(rails), ", ".join(rails), "reinstall overnight"),
-        Finding("trainers", bool(trainers), ", ".join(trainers), "reinstall overnight"),
-        Finding("proposers", bool(kinds), ", ".join(kinds), "reinstall overnight"),
-    ]
-
-
-def _campaign(where: str) -> list[Finding]:
-    """Read the campaign and build its parts; starts no trial."""
+    if campaign is None:
+        yield from machine_findings(db)
+        yield disk(db)
+        return
     from overnight.agent.campaign import load_campaign
-    from overnight.agent.run import host_trainer, proposers_of, rails_of
 
-    try:
-        campaign = load_campaign(where)
-        host_trainer(campaign, lambda: None)
-        rails_of(campaign)
-        for proposer in proposers_of(campaign).values():
-            proposer.close()
+    try:  # first of all, so that a question comes while somebody is there
+        loaded = permitted(load_campaign(campaign), allowing=allowing)
     except OvernightError as error:
-        return [Finding("campaign", False, str(error), "see the message")]
-    moves = sum(1 for _ in campaign.menu.moves(campaign.menu.default))
-    knobs = len(campaign.menu.knobs)
-    return [
-        Finding("campaign", True, f"{campaign.name}: {knobs} knobs, {moves} first moves, champion {campaign.champion}")
-    ]
+        yield from machine_findings(db)
+        yield amiss("campaign", error)
+        return
+    yield from machine_findings(db)
+    try:
+        yield from campaign_findings(loaded, db, waiting)
+    except OvernightError as error:
+        yield amiss("campaign", error)
+
+
+def _lines(finding: Finding) -> str:
+    """Return a finding for a terminal, wrapped, its remedy below it."""
+    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
+    state = click.style(f"{finding.state:<5}", **_STYLES[finding.state])  # type: ignore[arg-type]
+    body = textwrap.wrap(finding.found, width - 24) or [""]
+    lines = [f"{state}{finding.what:<18} {body[0]}", *(" " * 24 + line for line in body[1:])]
+    if finding.remedy:
+        lines += [" " * 24 + line for line in textwrap.wrap(f"-> {finding.remedy}", width - 24)]
+    return "\n".join(lines)
