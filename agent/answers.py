@@ -11,16 +11,16 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from overnight.agent.propose import StoredHistory
-from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.proposers.protocol import Ask, Observation, reply_text
 from overnight.agent.runtime import Runtime
 from overnight.rails.gate import Candidate, NoveltyRail, Proposal, Rail, check_reply
-from overnight.rails.menu import Change
+from overnight.rails.menu import Change, Menu
 from overnight.store.contests import HeldOutTurn, NewRaceItem
 from overnight.store.errors import CampaignError, ProposerError
 from overnight.store.hashing import digest
@@ -40,9 +40,24 @@ class Then:
 
     turn: HeldOutTurn
     baseline: Config
+    """The menu's knobs alone."""
+    beside: Config
+    """What an imported configuration holds besides: part of what was run, and of its hash."""
     prompt: str
     moves: tuple[Change, ...]
     rails: Sequence[Rail]
+
+
+class _Past:
+    """A history as proposers know it: of an imported configuration, the menu's knobs alone."""
+
+    def __init__(self, stored: StoredHistory, menu: Menu) -> None:
+        self._stored, self._menu = stored, menu
+
+    def since(self, attempt_id: int) -> Iterator[Observation]:
+        """Yield the attempts decided after `attempt_id`, oldest first."""
+        for seen in self._stored.since(attempt_id):
+            yield replace(seen, config={k: v for k, v in seen.config.items() if k in self._menu.by_name})
 
 
 def answer_turn(
@@ -69,21 +84,25 @@ def answer_turn(
 def moment_of(runtime: Runtime, state: CampaignState, turn: HeldOutTurn) -> Then:
     """Return what a held-out turn was asked, and which changes were open in it."""
     assert turn.prompt_id is not None
-    menu, baseline = runtime.campaign.menu, runtime.store.config_of(turn.baseline_config_id)
+    menu, stored = runtime.campaign.menu, runtime.store.config_of(turn.baseline_config_id)
+    baseline = {name: stored[name] for name in menu.by_name if name in stored}
+    beside = {name: value for name, value in stored.items() if name not in menu.by_name}
     others = _rails(runtime)
     moves = list(menu.moves(baseline, refinement=runtime.store.refinement_at(state.id, turn.started_at)))
     rails = others
     if "R6_novelty" not in runtime.campaign.file.rails.skip:
-        done = runtime.earlier(state, [menu.apply(baseline, move) for move in moves], before=turn.iteration)
+        configs = [{**menu.apply(baseline, move), **beside} for move in moves]
+        done = runtime.earlier(state, configs, before=turn.iteration)
         moves = [move for move, words in zip(moves, done, strict=True) if words is None]
-        rails = [NoveltyRail(lambda config: runtime.earlier(state, [config], before=turn.iteration)[0]), *others]
+        novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.iteration)[0])
+        rails = [novelty, *others]
     candidates = {
         move: Candidate(menu, baseline, Proposal(move.knob, move.value, ""), menu.apply(baseline, move))
         for move in moves
     }
     open_then = tuple(move for move in moves if not any(rail.check(candidates[move]) for rail in others))
     prompt = runtime.store.prompts_of([turn.prompt_id])[turn.prompt_id]
-    return Then(turn, baseline, prompt, open_then, rails)
+    return Then(turn, baseline, beside, prompt, open_then, rails)
 
 
 def _rails(runtime: Runtime) -> list[Rail]:
@@ -127,7 +146,7 @@ def _ask(runtime: Runtime, state: CampaignState, moment: Then, who: Contender, d
         baseline=moment.baseline,
         baseline_metric=turn.baseline_metric,
         moves=moment.moves,
-        history=StoredHistory(runtime.store, state.id, before=turn.attempt_id),
+        history=_Past(StoredHistory(runtime.store, state.id, before=turn.attempt_id), runtime.campaign.menu),
         seed=runtime.draw_seed("race", turn.iteration, draw),
     )
     try:
@@ -164,7 +183,7 @@ def _judged(runtime: Runtime, moment: Then, reply: str) -> NewRaceItem:
         reply=reply,
         knob=on_menu,
         new_value=text,
-        config=verdict.config,
+        config=None if verdict.config is None else {**verdict.config, **moment.beside},
         valid=verdict.passed,
         rail=verdict.rail,
         knob_match=on_menu == turn.knob,

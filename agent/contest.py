@@ -1,7 +1,8 @@
 """Who proposes, who challenges, and how far the challenger is: from the campaign file, the switches and the duels.
 
 The champion is who the last switch says, else the campaign file's. The challenger is the file's; a student challenges
-with its newest adapter, and not before it has one. Everything is derived from the store; what is remembered here is
+with its newest adapter, and not before it has one. A proposer that serves adapters elsewhere takes part with the one
+that its table asks for. Everything is derived from the store; what is remembered here is
 valid while this process holds the lease. A campaign without a challenger and without a switch asks the store nothing.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overnight.agent.evidence import Evidence, share, weigh
+from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Answer, Ask, Proposer
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.race_gate import gains_by_turn, gate_of
@@ -21,6 +23,9 @@ from overnight.store.contests import Contestant, DuelKind, Promotion, Race, Race
 from overnight.store.errors import CampaignError, ProposerError
 from overnight.store.hashing import JsonValue
 from overnight.store.protocol import CampaignState, Lease, StoreWriter
+
+AdapterProposer = StudentProposer | OpenAIProposer
+"""Whoever can answer with an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,11 @@ class Challenge:
     gate: Gate
     race: Race | None
     route: Route
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it stays as it was trained: what looking back found of it does not change."""
+        return isinstance(self.proposer, StudentProposer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,7 @@ def standing(runtime: Runtime, state: CampaignState) -> Standing:
         runtime.stood = Stood(runtime.lease, runtime.store.promotions(state.id))
     stood = runtime.stood
     if router.challenger is None and not stood.switches:
-        return Standing(runtime.proposers[runtime.campaign.champion])
+        return Standing(seated(runtime, state, runtime.campaign.champion))
     newest = _newest_adapter(runtime, state)
     if stood.standing is None or stood.newest != newest:
         stood.standing, stood.newest = _stand(runtime, state, stood.switches, newest), newest
@@ -150,7 +160,7 @@ def _stand(
     runtime: Runtime, state: CampaignState, switches: Sequence[Promotion], newest: tuple[int, str, str] | None
 ) -> Standing:
     reign = reigns(switches)
-    champion, promoted_after, predecessor = runtime.proposers[runtime.campaign.champion], None, None
+    champion, promoted_after, predecessor = seated(runtime, state, runtime.campaign.champion), None, None
     if reign:
         last = reign[-1]
         champion, promoted_after = usable(runtime, state, last.to_proposer_id), last.iteration
@@ -199,25 +209,58 @@ def usable(runtime: Runtime, state: CampaignState, proposer_id: int) -> Proposer
     if plain is None:
         return Unusable(contestant, f"the campaign file has no `[proposers.{contestant.name}]`")
     version = adapter_version(contestant.description)
-    if version is None or not isinstance(plain, StudentProposer):
+    if version is None or not isinstance(plain, AdapterProposer):
         return plain
-    folder = runtime.store.adapter_folder(state.id, contestant.name, version)
+    folder = adapter_folder(runtime, state, plain, version)
     if folder is None:
         return Unusable(contestant, f"no distillation of this store made its adapter {version}")
     return with_adapter(runtime, plain, version, folder, contestant)
 
 
+def seated(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
+    """Return a proposer of the campaign file as it takes part now: one that serves adapters, with the one it wants."""
+    plain = runtime.proposers[name]
+    if not isinstance(plain, OpenAIProposer) or plain.wanted is None:
+        return plain
+    version = promoted_adapter(runtime, state) if plain.wanted == "promoted" else plain.wanted
+    if version is None:
+        return plain
+    folder = adapter_folder(runtime, state, plain, version)
+    if folder is None:
+        description = {**plain.describe(), "adapter": {"version": version}}
+        return Unusable(
+            Contestant(0, name, "openai", description), f"no distillation of this store made adapter {version}"
+        )
+    return with_adapter(runtime, plain, version, folder)
+
+
+def promoted_adapter(runtime: Runtime, state: CampaignState) -> str | None:
+    """Return the version of the adapter that was promoted last and not rolled back."""
+    switches = runtime.store.promotions(state.id) if runtime.stood is None else runtime.stood.switches
+    promoted = (runtime.store.contestant(each.to_proposer_id) for each in reversed(reigns(switches)))
+    versions = (adapter_version(contestant.description) for contestant in promoted)
+    return next((version for version in versions if version is not None), None)
+
+
+def adapter_folder(runtime: Runtime, state: CampaignState, plain: AdapterProposer, version: str) -> str | None:
+    """Return the folder of an adapter; one that serves adapters takes those of any student of the campaign."""
+    if isinstance(plain, OpenAIProposer) and "/" not in version:
+        version = f"{state.name}/{version}"
+    return runtime.store.adapter_folder(state.id, plain.name, version)
+
+
 def with_adapter(
-    runtime: Runtime, plain: StudentProposer, version: str, folder: str, contestant: Contestant | None = None
+    runtime: Runtime, plain: AdapterProposer, version: str, folder: str, contestant: Contestant | None = None
 ) -> Proposer:
-    """Return a student with an adapter, the same object each time; what cannot be read fails when it is asked."""
+    """Return a proposer with an adapter, the same object each time; what cannot be read fails when it is asked."""
     key = plain.name, version
     if key not in runtime.versions:
         try:
             runtime.versions[key] = plain.with_adapter(version, Path(folder))
         except CampaignError as error:
             description = {**plain.describe(), "adapter": {"version": version}}
-            return Unusable(contestant or Contestant(0, plain.name, "student", description), str(error))
+            kind = str(description["kind"])
+            return Unusable(contestant or Contestant(0, plain.name, kind, description), str(error))
     return runtime.versions[key]
 
 
@@ -229,7 +272,7 @@ def _challenge(
     newest: tuple[int, str, str] | None,
 ) -> Challenge | None:
     """Return who may take over: the newest, or the one before it while that is in the lead."""
-    found = _candidate(runtime, newest)
+    found = _candidate(runtime, state, newest)
     if found is None:
         return None
     proposer, distillation_id = found
@@ -248,13 +291,15 @@ def _challenge(
     return _weigh(runtime, state, champion, own, distillation_id)
 
 
-def _candidate(runtime: Runtime, newest: tuple[int, str, str] | None) -> tuple[Proposer, int | None] | None:
+def _candidate(
+    runtime: Runtime, state: CampaignState, newest: tuple[int, str, str] | None
+) -> tuple[Proposer, int | None] | None:
     router = runtime.campaign.file.router
     if router.challenger is None:
         return None
     proposer = runtime.proposers[router.challenger]
     if not isinstance(proposer, StudentProposer):
-        return proposer, None
+        return seated(runtime, state, router.challenger), None
     if newest is not None:
         distillation_id, version, folder = newest
         return with_adapter(runtime, proposer, version, folder), distillation_id

@@ -32,8 +32,6 @@ class Weighed(Event):
     """The turn after which this holds."""
     champion: str
     challenger: str
-    returning: bool
-    """Whether the challenger is the predecessor of a promoted champion."""
     e_value: float
     threshold: float
     duels: int
@@ -48,6 +46,13 @@ class Weighed(Event):
     gate: Sequence[str]
     """What stands against a promotion; empty when the gate holds."""
     words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredecessorWeighed(Weighed):
+    """How far the predecessor of a promoted champion is: the reversed test, on duels since the promotion."""
+
+    kind: ClassVar[str] = "predecessor_weighed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -238,8 +238,8 @@ def _own_trials(runtime: Runtime, attempt: Attempt) -> Sequence[Trial]:
 
 
 def looks(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that decisions look at: all but the audits' and the duels'."""
-    return [trial for trial in trials if trial.purpose not in ("audit", "duel")]
+    """Return the trials that decisions look at: all but those of audits, duels and races."""
+    return [trial for trial in trials if trial.purpose not in ("audit", "duel", "race")]
 
 
 def _next_audit(iteration: int, own: Sequence[Trial], baseline: Sequence[Trial]) -> int | None:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from overnight.agent import contest
 from overnight.agent.answers import DRAWS, answer_turn
 from overnight.agent.contest import Standing, label_of, stored_id
-from overnight.agent.contest_events import RaceFinished, RaceStarted, RaceStepped
+from overnight.agent.contest_events import RaceFinished, RaceStarted, RaceStepped, Weighed
 from overnight.agent.proposers.protocol import Proposer, Rewindable
-from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.race_gate import gate_on
 from overnight.agent.router import why_not
 from overnight.agent.runtime import Runtime
@@ -33,6 +32,8 @@ from overnight.store.protocol import CampaignState
 
 FAILURES_IN_A_ROW = 3
 """After so many turns without an answer a contestant is not asked any more in this race."""
+UNTRAINED_TURNS = 20
+"""Turns to look back over where nobody was trained on any, and the campaign has so many."""
 NOTHING = "there is no held-out turn to look back at"
 
 
@@ -106,8 +107,10 @@ def plan_race(runtime: Runtime, state: CampaignState) -> Plan:
     challenge = standing.challenge
     distillation = _distillation(runtime, state, challenge)
     turns = [turn for turn in _held_out(runtime, state, distillation) if turn.prompt_id is not None]
-    controls = [runtime.proposers[name] for name in runtime.campaign.file.router.controls]
-    asked = [standing.champion, *([] if challenge is None else [challenge.proposer]), *controls]
+    controls = [contest.seated(runtime, state, name) for name in runtime.campaign.file.router.controls]
+    named = runtime.campaign.file.router.challenger
+    others = [contest.seated(runtime, state, named)] if challenge is None and named is not None else []
+    asked = [standing.champion, *([] if challenge is None else [challenge.proposer]), *others, *controls]
     contenders: dict[str, Contender] = {}
     with runtime.writing() as writer:
         for proposer in asked:
@@ -148,8 +151,8 @@ def _held_out(runtime: Runtime, state: CampaignState, distillation: Distillation
         return store.held_out(state.id, after=cut, until=distillation.iteration)
     turns, newest = store.decided_turns(state.id)
     section = runtime.campaign.file.distill
-    wanted = math.ceil(section.holdout_fraction * turns) if section.holdout is None else section.holdout
-    wanted = min(wanted, turns)
+    share = max(math.ceil(section.holdout_fraction * turns), UNTRAINED_TURNS)
+    wanted = min(share if section.holdout is None else section.holdout, turns)
     if wanted == 0:
         return ()
     return store.held_out(state.id, after=store.turn_before(state.id, newest, wanted), until=newest)
@@ -159,7 +162,7 @@ def find_leak(plan: Plan) -> str | None:
     """Say which held-out turn was in the training rows of a contender, by its attempt or by the hash of its prompt."""
     for contender in plan.contenders:
         proposer = contender.proposer
-        if not isinstance(proposer, StudentProposer) or proposer.adapter is None:
+        if not isinstance(proposer, contest.AdapterProposer) or proposer.adapter is None:
             continue
         try:
             told = read_record(proposer.adapter).facts.get("corpus")
@@ -208,7 +211,8 @@ def _conclude(runtime: Runtime, state: CampaignState, plan: Plan, race_id: int, 
         if not plan.turns:
             verdict = NOTHING
         _, evidence = contest.weigh_pair(runtime, state, "challenge", champion_id, plan.challenger_id)
-        event = weighed(runtime.name, turn, names, evidence, why_not(evidence, gate), gate=gate.failures)
+        words = why_not(evidence, gate)
+        event = weighed(Weighed, runtime.name, turn, names=names, evidence=evidence, words=words, gate=gate.failures)
     with runtime.writing() as writer:
         writer.end_race(race_id, verdict=verdict, failure=leak)
         runtime.emit(

@@ -43,14 +43,19 @@ def gate_on(
 
 
 def _first_answers(items: Sequence[RaceItem], proposer_id: int | None) -> dict[int, HeldOutAnswer]:
-    """Return a contestant's first answer by turn; a turn without an answer is missing, not lost."""
-    found = {}
+    """Return a contestant's first answer by turn: one that it was asked for, or else the choice that it made then."""
+    found: dict[int, RaceItem] = {}
     for item in items:
-        if item.proposer_id != proposer_id or item.draw != 0 or item.failure is not None:
+        if item.proposer_id != proposer_id or item.failure is not None:
             continue
-        pair = None if item.knob is None or item.new_value is None else (item.knob, item.new_value)
-        found[item.attempt_id] = HeldOutAnswer(pair, bool(item.valid), item.latency_s)
-    return found
+        before = found.get(item.attempt_id)
+        if before is None or (before.source == "recorded" and item.source == "asked"):
+            found[item.attempt_id] = item
+    return {turn: HeldOutAnswer(_pair(item), bool(item.valid), item.latency_s) for turn, item in found.items()}
+
+
+def _pair(item: RaceItem) -> tuple[str, str] | None:
+    return None if item.knob is None or item.new_value is None else (item.knob, item.new_value)
 
 
 def _look(answers: Mapping[int, HeldOutAnswer], turns: Iterable[int]) -> Look:

@@ -7,8 +7,8 @@ committed is never lost, so stopping the process at any moment is safe.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -256,7 +256,7 @@ def _run_turns(runtime: Runtime, checkpoints: Path | None) -> RunResult | None:
     """Run turns to the campaign's end; None when it is to pause."""
     from overnight.agent.graph import turn_graph
 
-    with checkpointer(checkpoints) as saver:
+    with _kept(checkpoints, asks=runtime.campaign.file.router.ask) as saver:
         graph = turn_graph(runtime).compile(checkpointer=saver)
         lost = 0
         while (output := _waiting_out(runtime, lambda: _turn(runtime, graph, saver))) is not None:
@@ -271,12 +271,23 @@ def _run_turns(runtime: Runtime, checkpoints: Path | None) -> RunResult | None:
         return None
 
 
+@contextmanager
+def _kept(checkpoints: Path | None, *, asks: bool) -> Iterator[BaseCheckpointSaver[str] | None]:
+    """Open the checkpoint file; a campaign that asks people has to keep a question somewhere."""
+    from langgraph.checkpoint.memory import InMemorySaver
+
+    with checkpointer(checkpoints) as saver:
+        yield saver or (InMemorySaver() if asks else None)
+
+
 def _turn(
     runtime: Runtime,
     graph: CompiledStateGraph[TurnState, None, TurnInput, TurnOutput],
     saver: BaseCheckpointSaver[str] | None,
 ) -> TurnOutput | None:
     """Run one turn, or what is left of one; None when there is none to run."""
+    from langgraph.types import Command
+
     from overnight.agent.nodes import next_stage
 
     if runtime.switch.take_hangup():
@@ -286,7 +297,12 @@ def _turn(
     config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
     if saver is not None:
         saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
-    output = graph.invoke({"campaign": runtime.name}, config, durability="exit" if saver else None)
+    durability = "exit" if saver else None
+    output = graph.invoke({"campaign": runtime.name}, config, durability=durability)
+    while "__interrupt__" in output:
+        with runtime.waiting():
+            answer = runtime.ask_person(output["__interrupt__"][0].value)
+        output = graph.invoke(Command(resume=answer), config, durability=durability)
     return cast("TurnOutput", output)
 
 

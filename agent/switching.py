@@ -15,6 +15,7 @@ from overnight.agent import contest, duels
 from overnight.agent.contest import Challenge, Standing, label_of, stored_id
 from overnight.agent.contest_events import (
     DuelSettled,
+    PredecessorWeighed,
     Promoted,
     PromotionAsked,
     PromotionDeclined,
@@ -24,8 +25,8 @@ from overnight.agent.contest_events import (
 )
 from overnight.agent.events import Event
 from overnight.agent.evidence import Evidence
+from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Proposer
-from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.race_gate import NOT_RACED
 from overnight.agent.router import route_predecessor, why_not
 from overnight.agent.runtime import Runtime
@@ -69,14 +70,15 @@ def due(runtime: Runtime, state: CampaignState, position: Position, *, over: boo
 def _needs_race(runtime: Runtime, challenge: Challenge, position: Position) -> bool:
     """Whether a challenger has to be looked back at now.
 
-    A student is, once, when it was trained. Whoever else challenges is when everything but the gate speaks for it.
+    A student is, once, when it was trained. Whoever else challenges is when everything but the gate speaks for it, and
+    again after `distill.every` turns while the gate alone stands against it.
     """
-    if challenge.race is not None:
-        return False
-    if challenge.distillation_id is not None or challenge.evidence.reached:
-        return True
-    file = runtime.campaign.file
-    return file.router.evidence == "heldout" and (position.iteration - 1) % file.distill.every == 0
+    file, turn = runtime.campaign.file, position.iteration - 1
+    if challenge.distillation_id is not None:
+        return challenge.race is None
+    if challenge.race is not None and (challenge.gate.holds or turn - challenge.race.iteration < file.distill.every):
+        return file.router.evidence == "heldout" and turn - challenge.race.iteration >= file.distill.every
+    return challenge.evidence.reached or (file.router.evidence == "heldout" and turn % file.distill.every == 0)
 
 
 def _switch_due(runtime: Runtime, standing: Standing) -> bool:
@@ -147,17 +149,9 @@ def _settle(runtime: Runtime, state: CampaignState, duel: Duel, turn: int) -> No
                 note=settled.note,
             )
         )
-        runtime.emit(
-            weighed(
-                runtime.name,
-                turn,
-                (champion, challenger),
-                evidence,
-                words,
-                gate=failures,
-                returning=duel.kind == "return",
-            )
-        )
+        kind = PredecessorWeighed if duel.kind == "return" else Weighed
+        names = champion, challenger
+        runtime.emit(weighed(kind, runtime.name, turn, names=names, evidence=evidence, words=words, gate=failures))
     contest.forget(runtime)
 
 
@@ -268,17 +262,10 @@ def by_hand(
     Raises:
         InputError: there is no such contestant, it is the champion already, or nothing was promoted.
     """
+    to = check_by_hand(runtime, state, kind, said)
     standing = contest.standing(runtime, state)
     reason = str(said.get("reason") or "asked by a person")
     switch: Switch = "promotion" if kind == "promote_requested" else "rollback"
-    if switch == "rollback":
-        if standing.predecessor is None:
-            raise InputError(f"campaign `{runtime.name}`: nothing was promoted, so there is nobody to roll back to")
-        to = standing.predecessor
-    else:
-        to = named(runtime, state, str(said.get("proposer")))
-        if label_of(to) == label_of(standing.champion):
-            raise InputError(f"campaign `{runtime.name}`: `{label_of(to)}` is the champion already")
     numbers = {} if standing.challenge is None else _numbers(standing.challenge.evidence)
     if switch == "rollback":
         numbers = {} if standing.returning is None else _numbers(standing.returning)
@@ -297,8 +284,27 @@ def by_hand(
     return switch
 
 
+def check_by_hand(runtime: Runtime, state: CampaignState, kind: str, said: Mapping[str, JsonValue]) -> Proposer:
+    """Return whom a person wants for champion; writes nothing.
+
+    Raises:
+        InputError: there is no such contestant, it is the champion already, or nothing was promoted.
+    """
+    standing = contest.standing(runtime, state)
+    if kind == "rollback_requested":
+        if standing.predecessor is None:
+            raise InputError(f"campaign `{runtime.name}`: nothing was promoted, so there is nobody to roll back to")
+        return standing.predecessor
+    to = named(runtime, state, str(said.get("proposer")))
+    if label_of(to) == label_of(standing.champion):
+        raise InputError(f"campaign `{runtime.name}`: `{label_of(to)}` is the champion already")
+    return to
+
+
 def named(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
     """Return the contestant that a person names: `nim`, `student` (its newest adapter) or `student@v2`.
+
+    One that serves adapters elsewhere has the one that its table asks for, if no version is named.
 
     Raises:
         InputError: the campaign has none such; the message lists those it has.
@@ -308,14 +314,16 @@ def named(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
         known = ", ".join(f"`{each}`" for each in runtime.proposers)
         raise InputError(f"campaign `{runtime.name}` has no proposer `{bare}`; it has {known}")
     plain = runtime.proposers[bare]
-    if not isinstance(plain, StudentProposer):
+    if not isinstance(plain, contest.AdapterProposer) or (isinstance(plain, OpenAIProposer) and plain.wanted is None):
         if version:
             raise InputError(f"`{bare}` is no student, so it has no version `{version}`; leave `@{version}` out")
         return plain
+    if not version and isinstance(plain, OpenAIProposer):
+        return contest.seated(runtime, state, bare)
     if not version:
         newest = runtime.store.newest_adapter(state.id, bare)
         return plain if newest is None else contest.with_adapter(runtime, plain, newest[1], newest[2])
-    folder = runtime.store.adapter_folder(state.id, bare, version)
+    folder = contest.adapter_folder(runtime, state, plain, version)
     if folder is None:
         raise InputError(f"campaign `{runtime.name}` has no adapter `{version}` of `{bare}`; see `distillations`")
     found = contest.with_adapter(runtime, plain, version, folder)
@@ -325,23 +333,22 @@ def named(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
 
 
 def weighed(
+    kind: type[Weighed],
     campaign: str,
     turn: int,
+    *,
     names: tuple[str, str],
     evidence: Evidence,
     words: str,
-    *,
     gate: Sequence[str],
-    returning: bool = False,
 ) -> Weighed:
     """Return the event that says how far a challenger is; `names` are champion and challenger."""
     low, high = evidence.interval or (None, None)
-    return Weighed(
+    return kind(
         campaign=campaign,
         iteration=turn,
         champion=names[0],
         challenger=names[1],
-        returning=returning,
         e_value=evidence.e_value,
         threshold=evidence.threshold,
         duels=evidence.duels,

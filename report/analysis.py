@@ -18,6 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from overnight.report.races import RaceItems, read_items
 from overnight.store.database import snapshot
 from overnight.store.errors import InputError
 from overnight.store.sql_store import SqlStore
@@ -126,6 +127,11 @@ class Analysis:
     proposers: Sequence[Row]
     races: Sequence[Row]
     promotions: Sequence[Row]
+    duels: Sequence[Row]
+    race: RaceItems | None
+    """The newest race, turn by turn."""
+    weighed: Sequence[Row]
+    """How far challengers were, after each duel and race."""
     failures: Sequence[Row]
     replicated: Sequence[Replicated]
     first_baseline: Mapping[str, Any] | None
@@ -336,6 +342,9 @@ def analyse(store: SqlStore, campaign: str) -> Analysis:
             proposers=by_name["proposer_stats"],
             races=by_name["race_stats"],
             promotions=by_name["promotion_log"],
+            duels=by_name["duel_log"],
+            race=None if not by_name["race_stats"] else read_items(connection, by_name["race_stats"][-1]["race_id"]),
+            weighed=[json.loads(each["payload"]) for each in _rows(connection, _WEIGHED, id=row["id"])],
             failures=_rows(connection, _FAILURES, id=row["id"]),
             replicated=_replicated(connection, row["id"], baseline_id, turns),
             first_baseline=_config(connection, baseline_id),
@@ -354,7 +363,9 @@ _VIEWS = {
     "proposer_stats": "proposals DESC, proposer",
     "race_stats": "race_id, proposer",
     "promotion_log": "iteration, at",
+    "duel_log": "iteration",
 }
+_WEIGHED = "SELECT payload FROM events WHERE campaign_id = :id AND kind = 'weighed' ORDER BY id"
 _FAILURES = """
 SELECT COALESCE(failure, rail) AS what, CASE WHEN failure IS NULL THEN 'blocked' ELSE 'failed' END AS kind,
     count(*) AS times, max(iteration) AS last_turn,

@@ -6,15 +6,15 @@ Names and values of knobs come from models, so every text is escaped before Plot
 
 from __future__ import annotations
 
-import html
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from overnight.report.analysis import Analysis, Replicated, Turn, spread_evenly
+from overnight.report.contest_charts import evidence_chart, race_chart
+from overnight.report.figures import Figure, escaped, figure
 from overnight.report.story import percent
 
-Figure = Mapping[str, Any]
 MOST_POINTS = 1_500
 """Reverted or failed attempts drawn at most; kept ones are always drawn, up to MOST_KEPT."""
 MOST_KEPT = 1_000
@@ -22,15 +22,8 @@ MOST_VALUES = 30
 """Values of one knob drawn at most: the most proposed."""
 MOST_REPLICATED = 16
 MOST_WINDOWS = 100
-MAX_TEXT = 60
 KEPT, REVERTED, FAILED, LINE = "#2a9d5c", "#8a94a6", "#d1495b", "#3b6fd4"
 PALETTE = ("#3b6fd4", "#e0a030", "#7a5cc0", "#2a9d5c", "#d1495b", "#4aa8b8", "#8a94a6")
-
-
-def escaped(value: object) -> str:
-    """Return untrusted text for a label: cut, one line, with Plotly's markup made harmless."""
-    flat = " ".join(str(value).split())
-    return html.escape(flat if len(flat) <= MAX_TEXT else flat[: MAX_TEXT - 1] + "…", quote=True)
 
 
 def charts(found: Analysis) -> dict[str, Figure]:
@@ -41,16 +34,12 @@ def charts(found: Analysis) -> dict[str, Figure]:
         "noise": noise,
         "repeats": repeats,
         "proposers": proposers,
+        "race": lambda of: None if of.race is None else race_chart(of.race),
+        "evidence": lambda of: evidence_chart(of.weighed),
         "cost": cost,
     }
     made = {name: make(found) for name, make in makers.items()}
-    return {name: figure for name, figure in made.items() if figure is not None}
-
-
-def _figure(data: Sequence[Figure], height: int = 380, **layout: Any) -> Figure:
-    legend = {"orientation": "h", "y": -0.2}
-    margin = {"l": 60, "r": 16, "t": 16, "b": 48}
-    return {"data": list(data), "layout": {"height": height, "margin": margin, "legend": legend, **layout}}
+    return {name: drawn for name, drawn in made.items() if drawn is not None}
 
 
 def _label(turn: Turn, found: Analysis) -> str:
@@ -79,7 +68,7 @@ def progress(found: Analysis) -> Figure | None:
     title = f"{escaped(found.stats['metric_name'])} ({'lower' if found.lower_is_better else 'higher'} is better)"
     words = [_note(0.01, "left", f"{outside} outside the range shown")] if outside else []
     axes = {"xaxis": {"title": {"text": "turn"}}, "yaxis": {"title": {"text": title}, "range": [low, high]}}
-    return _figure(data, 430, annotations=words, **axes)
+    return figure(data, 430, annotations=words, **axes)
 
 
 def _note(x: float, anchor: str, words: str, xref: str = "paper") -> Figure:
@@ -145,7 +134,7 @@ def by_knob(found: Analysis) -> Figure | None:
     height = 120 + 34 * len(knobs)
     axis = {"title": {"text": "its values, smallest first"}, "showticklabels": False}
     more = {"yaxis": {"automargin": True, "autorange": "reversed", "type": "category"}, "showlegend": False}
-    return _figure([{**data, "hovertemplate": "%{text}<extra></extra>"}], height, xaxis=axis, **more)
+    return figure([{**data, "hovertemplate": "%{text}<extra></extra>"}], height, xaxis=axis, **more)
 
 
 def _mean_gains(found: Analysis) -> dict[tuple[str, str], float]:
@@ -193,7 +182,7 @@ def noise(found: Analysis) -> Figure | None:
     axis = {"title": {"text": escaped(found.stats["metric_name"])}, "range": [low, high]}
     rows = {"automargin": True, "type": "category"}
     margin = {"l": 60, "r": 16, "t": 32, "b": 48}
-    return _figure(data, 150 + 30 * len(shown), xaxis=axis, yaxis=rows, shapes=shapes, annotations=words, margin=margin)
+    return figure(data, 150 + 30 * len(shown), xaxis=axis, yaxis=rows, shapes=shapes, annotations=words, margin=margin)
 
 
 def _runs(names: Sequence[str], shown: Sequence[Replicated]) -> Figure:
@@ -217,7 +206,7 @@ def repeats(found: Analysis) -> Figure | None:
         "textposition": "none",
     }
     axis = {"title": {"text": "repeated"}, "tickformat": ".0%", "range": [0, 1]}
-    return _figure([bars], 300, xaxis={"title": {"text": "turns"}, "type": "category"}, yaxis=axis)
+    return figure([bars], 300, xaxis={"title": {"text": "turns"}, "type": "category"}, yaxis=axis)
 
 
 def proposers(found: Analysis) -> Figure | None:
@@ -242,12 +231,12 @@ def proposers(found: Analysis) -> Figure | None:
         for row in found.promotions
     ]  # fmt: skip
     axes = {"xaxis": {"title": {"text": "turn"}}, "yaxis": {"title": {"text": f"turns in {width}"}}}
-    return _figure(data, 320, barmode="stack", shapes=lines, **axes)
+    return figure(data, 320, barmode="stack", shapes=lines, **axes)
 
 
 def cost(found: Analysis) -> Figure | None:
     """Minutes in trials by what they were for."""
-    purposes = ("calibration", "screening", "confirmation", "audit", "baseline", "holdout")
+    purposes = ("calibration", "screening", "confirmation", "audit", "baseline", "duel", "race", "holdout")
     minutes = {purpose: (found.stats[f"{purpose}_s"] or 0.0) / 60 for purpose in purposes}
     spent = {purpose: value for purpose, value in minutes.items() if value}
     if not spent:
@@ -255,4 +244,4 @@ def cost(found: Analysis) -> Figure | None:
     bars = {"type": "bar", "orientation": "h", "y": list(spent), "x": list(spent.values()), "marker": {"color": LINE}}
     hover = {"hovertemplate": "%{y}: %{x:.1f} minutes<extra></extra>"}
     rows = {"automargin": True, "autorange": "reversed"}
-    return _figure([{**bars, **hover}], 110 + 32 * len(spent), xaxis={"title": {"text": "minutes"}}, yaxis=rows)
+    return figure([{**bars, **hover}], 110 + 32 * len(spent), xaxis={"title": {"text": "minutes"}}, yaxis=rows)

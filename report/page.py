@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -19,6 +19,9 @@ from typing import Any
 
 from overnight.report.analysis import Analysis, Turn
 from overnight.report.charts import charts
+from overnight.report.contest_charts import race_chart
+from overnight.report.figures import Figure
+from overnight.report.races import RaceItems, Table
 from overnight.report.story import duration, findings, headline, percent
 from overnight.store.errors import StoreError
 
@@ -29,6 +32,27 @@ MAX_TEXT = 600
 
 def render_report(found: Analysis) -> str:
     """Return the whole page."""
+    return _rendered(
+        "report.html",
+        charts(found),
+        lambda gain: _gain(found, gain),
+        found=found,
+        headline=headline(found),
+        findings=findings(found),
+        kept=_kept(found),
+        last=list(reversed(found.turns[-LAST_TURNS:])),
+        seconds=duration,
+    )
+
+
+def render_race(campaign: str, stats: Table, items: RaceItems) -> str:
+    """Return one race as a page of its own."""
+    drawn = race_chart(items)
+    figures = {} if drawn is None else {"race": drawn}
+    return _rendered("race.html", figures, number, campaign=campaign, stats=stats, items=items)
+
+
+def _rendered(template: str, figures: Mapping[str, Figure], gain: Callable[[Any], str], **values: object) -> str:
     from jinja2 import Environment, StrictUndefined, select_autoescape
 
     folder = resources.files("overnight.report") / "templates"
@@ -36,24 +60,18 @@ def render_report(found: Analysis) -> str:
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "short": short, "share": share, "gain": lambda g: _gain(found, g)}
+    environment.filters |= {"number": number, "short": short, "share": share, "gain": gain}
     script = (folder / "report.js").read_text(encoding="utf-8")
     plotly = plotly_script()
-    figures = charts(found)
-    return environment.from_string((folder / "report.html").read_text(encoding="utf-8")).render(
-        found=found,
-        headline=headline(found),
-        findings=findings(found),
+    return environment.from_string((folder / template).read_text(encoding="utf-8")).render(
         figures=figures,
         data=json_for_script(figures),
         style=(folder / "report.css").read_text(encoding="utf-8"),
         plotly=plotly,
         script=script,
         policy=_policy([plotly, script]),
-        kept=_kept(found),
-        last=list(reversed(found.turns[-LAST_TURNS:])),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        seconds=duration,
+        **values,
     )
 
 

@@ -48,7 +48,11 @@ def is_within_noise(found: Analysis) -> bool:
 
 def findings(found: Analysis) -> list[str]:
     """Return what a reader should know, the most important first."""
-    return [sentence for part in (_trust, _luck, _contradictions, _holdout, _search, _cost) for sentence in part(found)]
+    return [
+        sentence
+        for part in (_trust, _luck, _contradictions, _holdout, _contest, _search, _cost)
+        for sentence in part(found)
+    ]
 
 
 def _trust(found: Analysis) -> Iterator[str]:
@@ -113,6 +117,21 @@ def _holdout(found: Analysis) -> Iterator[str]:
         )
     else:
         yield f"Locked holdout: not measured: {looked.get('reason', 'no reason given')}."
+
+
+def _contest(found: Analysis) -> Iterator[str]:
+    """Say who proposes since when, and why nobody else took over yet."""
+    switches, weighed = found.promotions, found.weighed
+    if switches:
+        last = switches[-1]
+        what = "took over from" if last["kind"] == "promotion" else "came back in the place of"
+        yield (
+            f"{last['to_proposer']} {what} {last['from_proposer']} after turn {last['iteration']} "
+            f"(decided by: {last['decided_by']}): {last['reason']}."
+        )
+    if weighed and (not switches or weighed[-1]["iteration"] > switches[-1]["iteration"]):
+        now = weighed[-1]
+        yield f"No promotion of {now['challenger']} over {now['champion']} yet: {now['words']}."
 
 
 def _search(found: Analysis) -> Iterator[str]:

@@ -261,6 +261,10 @@ class ContestWriter(Protocol):
         """Store one draw, once."""
         ...
 
+    def pick_measured(self, race_id: int, baseline_config_id: str, config_id: str, gain: float) -> None:
+        """Store the gain of a race's pick that was measured for the race."""
+        ...
+
     def end_race(self, race_id: int, *, verdict: str, failure: str | None = None) -> None:
         """Store what a race showed, or why it counts for nothing."""
         ...

@@ -371,6 +371,16 @@ class SqlContestWrites:
             probabilities=None if new.probabilities is None else canonical_json(new.probabilities),
         )
 
+    def pick_measured(self, race_id: int, baseline_config_id: str, config_id: str, gain: float) -> None:
+        """Store the gain of a race's pick that was measured for the race."""
+        turns = select(AttemptRow.id).where(
+            AttemptRow.campaign_id == self._campaign_id, AttemptRow.baseline_config_id == baseline_config_id
+        )
+        own = RaceItemRow.race_id == race_id, RaceItemRow.config_id == config_id, RaceItemRow.valid.is_(True)
+        self._connection.execute(
+            update(RaceItemRow).where(*own, RaceItemRow.attempt_id.in_(turns)).values(expected_gain=gain)
+        )
+
     def end_race(self, race_id: int, *, verdict: str, failure: str | None = None) -> None:
         """Store what a race showed, or why it counts for nothing."""
         statement = update(RaceRow).where(RaceRow.id == race_id)

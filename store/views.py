@@ -57,6 +57,7 @@ _PURPOSES = {
     "audit": "replicates drawn beforehand, for the noise",
     "baseline": "a new baseline on seeds that it lacked",
     "duel": "both answers of a duel and the baseline, on a seed of their own",
+    "race": "picks of a race that nobody had measured, and the baseline, on a seed of their own",
     "holdout": "the locked holdout",
 }
 

@@ -73,7 +73,8 @@ def race(
             write_page(render_race(state.name, stats, items), output)
             click.echo(f"wrote {output}", err=True)
     if form == "table":
-        print_rows(stats.columns, stats.rows, form)
+        names = [str(row[0]) for row in stats.rows]
+        print_rows(("", *names), [list(row) for row in zip(stats.columns, *stats.rows, strict=True)][1:-1], form)
         print_rows(items.wide_columns, items.wide_rows, form)
     else:
         print_rows(*((items.columns, items.rows) if by_turn else (stats.columns, stats.rows)), form)

@@ -134,6 +134,8 @@ class ProposerContext:
     menu: Menu
     breakers: dict[str, Breaker] = field(default_factory=dict)
     """One failure counter for each endpoint, shared by the proposers that use it."""
+    served: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For each endpoint, the adapter that each proposer answers with there."""
     hosts: dict[str, ModelHost] = field(default_factory=dict)
     """One model host for each base model and device, shared by the proposers that use it."""
 

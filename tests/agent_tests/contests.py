@@ -22,7 +22,7 @@ BEST = 3.0
 KNOBS = {
     f"k{i}": {"type": "float", "range": [0.1, 10.0], "scale": "log", "default": 1.0, "levels": 25} for i in range(4)
 }
-ROUTER = {"champion": "one", "challenger": "two", "duel_share": 0.5}
+ROUTER = {"champion": "one", "challenger": "two", "duel_share": 0.5, "alpha": 0.3}
 Script = Callable[[Ask], str] | list[str]
 
 
