@@ -84,4 +84,6 @@ def main() -> NoReturn:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split())
+    from overnight.trainer.output import clean
+
+    return " ".join(clean(message).split())

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import click
 
-from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
+from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows, say
 from overnight.store.errors import InputError
 from overnight.store.protocol import Attempt, Trial
 from overnight.store.reading import MAX_ROWS, TIMEOUT_S, limit_memory, query
@@ -117,16 +117,14 @@ def show(campaign: str, iteration: int, db: str, form: str) -> None:
 
 def _print_attempt(attempt: Attempt, trials: list[Trial] | tuple[Trial, ...] | object, prompt: str) -> None:
     click.secho(f"Turn {attempt.iteration}, try {attempt.try_no}", bold=True, nl=False)
-    click.echo(f" by {attempt.proposer} ({attempt.role}), {attempt.started_at}: {attempt.outcome or attempt.stage}")
+    say(f" by {attempt.proposer} ({attempt.role}), {attempt.started_at}: {attempt.outcome or attempt.stage}")
     for title, text in (("Prompt", prompt), ("Reply", attempt.reply or "(none)")):
         click.secho(f"\n{title}", bold=True)
-        click.echo(text.rstrip())
+        say(text.rstrip())
     click.secho("\nVerdict", bold=True)
-    click.echo(
-        f"{attempt.rail}: {attempt.rail_reason}" if attempt.rail else "passed the rails" if attempt.knob else "-"
-    )
+    say(f"{attempt.rail}: {attempt.rail_reason}" if attempt.rail else "passed the rails" if attempt.knob else "-")
     if attempt.failure:
-        click.echo(f"failed: {attempt.failure}\n{attempt.trace or ''}".rstrip())
+        say(f"failed: {attempt.failure}\n{attempt.trace or ''}".rstrip())
     assert isinstance(trials, list)
     if trials:
         click.secho("\nTrials", bold=True)
@@ -134,5 +132,5 @@ def _print_attempt(attempt: Attempt, trials: list[Trial] | tuple[Trial, ...] | o
         print_rows(columns, [[getattr(trial, column) for column in columns] for trial in trials], "table")
     if attempt.decision:
         click.secho("Decision", bold=True)
-        click.echo(attempt.decision)
+        say(attempt.decision)
     click.echo()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overnight.agent.campaign import FILE_NAME, Campaign, bundled_campaigns, load_campaign, parse_campaign
-from overnight.agent.cli.options import db_option, newest_name
+from overnight.agent.cli.options import db_option, newest_name, say
 from overnight.agent.cli.permission import allow_option, allow_own, permitted
 from overnight.store.errors import InputError
 
@@ -85,9 +85,9 @@ def check(*, campaign: str, file: Any, db: str, allowing: bool) -> None:
     if verdict.passed:
         assert verdict.diff is not None
         changes = ", ".join(f"{knob}: {old} -> {new}" for knob, (old, new) in verdict.diff.items())
-        click.echo(f"passed: {changes}")
+        say(f"passed: {changes}")
         return
-    click.echo(f"blocked by {verdict.rail}: {verdict.reason}")
+    say(f"blocked by {verdict.rail}: {verdict.reason}")
     sys.exit(1)
 
 

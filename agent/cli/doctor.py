@@ -14,6 +14,7 @@ from overnight.agent.cli.options import db_option, format_option, print_rows
 from overnight.agent.cli.permission import allow_option, permitted
 from overnight.agent.doctor.finding import Finding, amiss
 from overnight.store.errors import OvernightError
+from overnight.trainer.output import clean
 
 COLUMNS = ("state", "what", "found", "remedy")
 _STYLES = {"ok": {"fg": "green"}, "note": {"fg": "yellow"}, "NO": {"fg": "red", "bold": True}}
@@ -94,8 +95,8 @@ def _lines(finding: Finding) -> str:
     """Return a finding for a terminal, wrapped, its remedy below it."""
     width = max(shutil.get_terminal_size((100, 24)).columns, 60)
     state = click.style(f"{finding.state:<5}", **_STYLES[finding.state])  # type: ignore[arg-type]
-    body = textwrap.wrap(finding.found, width - 24) or [""]
-    lines = [f"{state}{finding.what:<18} {body[0]}", *(" " * 24 + line for line in body[1:])]
+    body = textwrap.wrap(clean(finding.found), width - 24) or [""]
+    lines = [f"{state}{clean(finding.what):<18} {body[0]}", *(" " * 24 + line for line in body[1:])]
     if finding.remedy:
-        lines += [" " * 24 + line for line in textwrap.wrap(f"-> {finding.remedy}", width - 24)]
+        lines += [" " * 24 + line for line in textwrap.wrap(clean(f"-> {finding.remedy}"), width - 24)]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import click
 from overnight.store.errors import InputError
 from overnight.store.protocol import CampaignState
 from overnight.store.sql_store import SqlStore
+from overnight.trainer.output import clean
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_DB = "overnight.db"
@@ -66,7 +67,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> No
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
     for column, right in zip(columns, numeric, strict=True):
-        table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
+        table.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -76,7 +77,12 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else clean(str(value))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text that may hold what a model, a script or a stranger wrote: nothing in it moves the cursor."""
+    click.echo(clean(text), err=err)
 
 
 def campaign_in(store: SqlStore, name_or_folder: str) -> CampaignState:

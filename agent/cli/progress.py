@@ -19,6 +19,8 @@ from overnight.agent import events
 from overnight.agent.campaign import Campaign
 from overnight.agent.cli.contest_lines import describe_contest
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar
+from overnight.agent.cli.options import say
+from overnight.trainer.output import clean
 
 LAST_DECISIONS = 6
 _PAUSING = {"SIGTERM": "dropping what is under way, and pausing"}
@@ -118,7 +120,7 @@ class PlainLines:
         """Print the event's line."""
         line = describe(event, self._campaign)
         if line is not None:
-            click.echo(line)
+            say(line)
 
     def on_signal(self, name: str) -> None:
         """Say that the run stops soon."""
@@ -178,7 +180,7 @@ class LivePanel:
                 self._best = event if event.is_best else self._best
         line = describe(event, self._campaign)
         if line is not None and not isinstance(event, events.Decided | events.Blocked):
-            self._console.print(Text(line))
+            self._console.print(Text(clean(line)))
 
     def __rich__(self) -> RenderableType:
         """Draw the panel."""
@@ -196,7 +198,7 @@ class LivePanel:
         head.add_row("so far", Text(counts or "nothing decided yet", style="dim"))
         decisions = [
             Text(
-                f"{event.iteration:>4} {decision_text(event, self._campaign)}",
+                clean(f"{event.iteration:>4} {decision_text(event, self._campaign)}"),
                 style=_STYLE[event.outcome],
                 no_wrap=True,
             )
@@ -213,18 +215,17 @@ class LivePanel:
         if self._learning is not None:
             return "distill", distill_bar(self._learning)
         if self._trial is None or self._step is None:
-            return "trial", Text(self._stage)
+            return "trial", Text(clean(self._stage))
         step, total = self._step.step, self._step.steps
         loss = "" if self._step.loss is None else f"  loss {self._step.loss:.4f}"
         words = f"{self._trial.purpose} {self._trial.number}/{self._trial.of}  step {step}/{total or '?'}{loss}"
-        return "trial", Text(words)
+        return "trial", Text(clean(words))
 
     def _best_text(self) -> Text:
         if self._best is not None:
             gain = gain_text(self._campaign, self._best.gain)
-            return Text(
-                f"{self._best.knob} = {self._best.new_value} {gain} in turn {self._best.iteration}", style="green"
-            )
+            best = f"{self._best.knob} = {self._best.new_value} {gain} in turn {self._best.iteration}"
+            return Text(clean(best), style="green")
         if self._baseline is not None:
             return Text(f"the baseline, {self._campaign.file.metric.name} {self._baseline.baseline_metric:.5g}")
         return Text("")

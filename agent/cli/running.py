@@ -16,6 +16,7 @@ from overnight.agent.cli.options import (
     db_option,
     newest_name,
     next_name,
+    say,
     shown_db,
 )
 from overnight.agent.cli.permission import allow_option, permitted
@@ -115,7 +116,7 @@ def _summary(store: SqlStore, name: str, db: str) -> None:
         best = store.attempt(state.best_attempt_id)
         kept = sum(total.kept for total in store.knob_totals(state.id))
         gain = "" if best.gain is None else f", gain {_gain(state, best.gain)}"
-        click.echo(
+        say(
             f"Best: {best.knob} = {best.new_value} in turn {best.iteration}{gain} over {best.trials} trials "
             f"({kept} kept in all)"
         )

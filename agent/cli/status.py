@@ -8,7 +8,7 @@ import click
 
 from overnight.agent.cli.contest_lines import COLUMNS, contest_columns
 from overnight.agent.cli.learning_lines import learning_state
-from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows
+from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows, say
 from overnight.agent.live import Live, live_file, read_live
 from overnight.agent.pace import End, in_words, next_end
 from overnight.store import clock
@@ -44,7 +44,7 @@ def status(campaign: str | None, db: str, form: str) -> None:
     shown = [_for_people(dict(zip(STATUS_COLUMNS, row, strict=True))) for row in rows]
     if campaign and shown:
         for column, value in shown[0].items():
-            click.echo(f"{column:14} {value}")
+            say(f"{column:14} {value}")
     else:
         print_rows(SHORT, [[row.get(column) for column in SHORT] for row in shown], "table")
 
