@@ -185,7 +185,8 @@ class DistillSection(Section):
     """`outcome`: probability on changes by what they gained; `clone`: what was tried; `filtered`: what was tried and
     gained; `weighted`: what was tried, each by its gain."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.15
-    """Of `outcome` and `weighted`, in standard deviations of the campaign's gains: smaller is sharper."""
+    """Of `outcome` and `weighted`, in standard deviations of the campaign's gains: smaller is sharper, down to half the
+    noise of one gain."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of `outcome`: least share of the probability that stays on changes nobody has tried."""
     write: Annotated[float, Field(ge=0, le=10)] = 0.1

@@ -194,13 +194,9 @@ def _teacher(
 ) -> Teacher:
     """Return a teacher that knows these lessons, which are all up to the last one's turn."""
     sums = store.screening_sums(state.id, through=lessons[-1].attempt.iteration)
-    knowledge = Knowledge(lessons, sums, noise_sd=_noise_sd(state, lessons))
-    objective = Objective(
-        name=settings.objective,
-        temperature=settings.temperature,
-        floor=settings.floor,
-        spread=knowledge.spread,
-    )
+    knowledge = Knowledge(lessons, sums, frame.menu, noise_sd=_noise_sd(state, lessons))
+    scale = knowledge.scale(settings.temperature)
+    objective = Objective(name=settings.objective, scale=scale, floor=settings.floor)
     return Teacher(frame, objective, knowledge, lessons, write=settings.write)
 
 

@@ -5,17 +5,19 @@ effects of different knobs adding up (a first-order model), the gain of taking a
 everywhere, and a value reached through kept changes carries their gains along. So each knob has a ladder of values, 0
 at the first baseline's, and a change that was never measured here is worth the difference of two rungs. What that model
 leaves out (knobs that interact) is added to its variance. Everything is then shrunk by its noise
-(`overnight.trainer.noise`).
+(`overnight.trainer.noise`). A value that nobody tried is guessed from its neighbours on the ladder, and stays untried.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from overnight.distill.lessons import ConfigKey, Lesson, baseline_key
-from overnight.rails.menu import Change
+from overnight.distill.smoothing import Curve
+from overnight.rails.menu import Change, Menu
 from overnight.store.learning import ScreeningSums
 from overnight.store.records import Config, KnobValue
 from overnight.trainer.noise import Posterior, Prior, shrink
@@ -37,8 +39,15 @@ class Spoilt:
     """A change whose trials gave no metric."""
 
 
-Known = Posterior | Spoilt | None
-"""What is known of a change; None: nobody tried it."""
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A change that nobody tried, between or beside values that somebody did."""
+
+    mean: float
+
+
+Known = Posterior | Spoilt | Guess | None
+"""What is known of a change; None: neither it nor a neighbour was tried."""
 
 
 class Knowledge:
@@ -47,18 +56,19 @@ class Knowledge:
     Args:
         lessons: what was measured, in the order of turns.
         sums: the campaign's screening gains up to the same turn.
+        menu: the campaign's.
         noise_sd: standard deviation of one gain where neither lessons nor sums know it.
     """
 
-    def __init__(self, lessons: Sequence[Lesson], sums: ScreeningSums, *, noise_sd: float = 0.0) -> None:
+    def __init__(self, lessons: Sequence[Lesson], sums: ScreeningSums, menu: Menu, *, noise_sd: float = 0.0) -> None:
         noise = noise_sd**2 if sums.noise_variance is None else sums.noise_variance
         self.prior = Prior.from_screening(sums.count, sums.total, sums.squares, noise)
-        self.spread = _spread(sums)
-        """Standard deviation of the campaign's gains, noise included; 0 where fewer than two are known."""
-        self._noise = noise
+        self.spread = _spread([lesson.attempt.gain for lesson in lessons if lesson.attempt.gain is not None])
+        self._noise, self._menu = noise, menu
         self._here: dict[tuple[ConfigKey, Change], list[Estimate]] = {}
         self._ladders: dict[str, dict[KnobValue, Estimate]] = {}
         self._spoilt: set[Change] = set()
+        self._curves: dict[str, Curve] = {}
         for lesson in lessons:
             self._learn(lesson)
 
@@ -68,7 +78,18 @@ class Knowledge:
         estimate = _pooled(own) if own else self._moved(baseline, change)
         if estimate is not None:
             return shrink(estimate.mean, math.sqrt(estimate.variance), self.prior)
-        return Spoilt() if change in self._spoilt else None
+        if change in self._spoilt:
+            return Spoilt()
+        guess = self._guessed(baseline, change)
+        return None if guess is None else Guess(guess)
+
+    def scale(self, temperature: float) -> float:
+        """Return the difference in gain that a temperature tells apart by a factor of e.
+
+        `temperature` counts in the spread of the campaign's gains, and no less than half the noise of one of them:
+        what cannot be told apart is not.
+        """
+        return max(temperature * self.spread, math.sqrt(self._noise) / 2)
 
     def measured(self, baseline: Config, change: Change) -> float | None:
         """Return the mean gain of the trials of `change` on `baseline` itself, not shrunk; None where there is none."""
@@ -103,6 +124,16 @@ class Knowledge:
         between = self.prior.variance if math.isfinite(self.prior.variance) else self.spread**2
         return Estimate(there.mean - here.mean, there.variance + here.variance + INTERACTION * between)
 
+    def _guessed(self, baseline: Config, change: Change) -> float | None:
+        """Return a change's gain by the curve through its knob's ladder."""
+        if change.knob not in self._curves:
+            ladder = self._ladders.get(change.knob, {})
+            rungs = {value: (rung.mean, rung.variance) for value, rung in ladder.items()}
+            self._curves[change.knob] = Curve(self._menu.by_name[change.knob], rungs)
+        curve = self._curves[change.knob]
+        here, there = curve.at(baseline[change.knob]), curve.at(change.value)
+        return None if here is None or there is None else there - here
+
 
 def _pooled(estimates: Iterable[Estimate]) -> Estimate:
     """Average independent estimates of one gain, each by its precision; without any variance, plainly."""
@@ -113,7 +144,13 @@ def _pooled(estimates: Iterable[Estimate]) -> Estimate:
     return Estimate(math.fsum(each.mean / each.variance for each in found) / precision, 1 / precision)
 
 
-def _spread(sums: ScreeningSums) -> float:
-    if sums.count < 2:
+def _spread(gains: Sequence[float]) -> float:
+    """Return the standard deviation of gains as their middle shows it; 0 where there are fewer than two.
+
+    The median absolute deviation, times 1.4826 for normal gains (Hampel 1974): a few changes that ruin everything say
+    nothing about how far apart the others are.
+    """
+    if len(gains) < 2:
         return 0.0
-    return math.sqrt(max(0.0, sums.squares - sums.total**2 / sums.count) / (sums.count - 1))
+    middle = statistics.median(gains)
+    return 1.4826 * statistics.median(abs(gain - middle) for gain in gains)

@@ -1,10 +1,10 @@
 """What a row teaches: targets from what is known at the cut. Pure functions; the losses are `overnight.distill.losses`.
 
 `outcome` puts a probability on every open change of a moment, listwise (Cao et al. 2007, ListNet): in proportion to
-exp(gain / (temperature x spread)), where the spread is the standard deviation of the campaign's gains. A change that
-lost goes below one that nobody tried, which counts as a gain of zero; one whose trial gave no metric gets nothing; and
-the untried keep at least the share `floor`, so that what is known never closes what is not. The others imitate: `clone`
-what was tried, `filtered` what was tried and gained, `weighted` what was tried, times exp of the same ratio.
+exp(gain / scale). A change that lost goes below one that nothing is known of, which counts as a gain of zero; one whose
+trial gave no metric gets nothing; and the untried keep at least the share `floor` together, by what their neighbours
+say, so that what is known never closes what is not. The others imitate: `clone` what was tried, `filtered` what was
+tried and gained, `weighted` what was tried, times exp of the same ratio.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from overnight.distill.knowledge import Known, Spoilt
+from overnight.distill.knowledge import Guess, Known, Spoilt
+from overnight.trainer.noise import Posterior
 
 ObjectiveName = Literal["outcome", "clone", "filtered", "weighted"]
 MAX_RATIO = 30.0
-"""Gains above this many temperatures count as this many: exp stays far from overflow."""
+"""Gains of more than this many scales count as this many: exp stays far from overflow."""
 MAX_WEIGHT_RATIO = 3.0
 """The same for the weight of one imitated row: the best weighs 400 times the worst, not 10 to the 26th."""
 
@@ -29,20 +30,18 @@ class Objective:
 
     Args:
         name: which.
-        temperature: in units of `spread`.
+        scale: the difference in gain that is a factor of e (`Knowledge.scale`); 0 makes targets uniform.
         floor: least share of the untried.
-        spread: standard deviation of the campaign's gains; 0 where none is known, which makes targets uniform.
     """
 
     name: ObjectiveName
-    temperature: float
+    scale: float
     floor: float
-    spread: float
 
     def choice(self, known: Sequence[Known]) -> list[float]:
         """Return the probability that each open change should have, in the order given; `outcome`."""
         weights = [self._weight(each) for each in known]
-        untried = [each is None for each in known]
+        untried = [each is None or isinstance(each, Guess) for each in known]
         tried_mass = math.fsum(w for w, new in zip(weights, untried, strict=True) if not new)
         new_mass = math.fsum(w for w, new in zip(weights, untried, strict=True) if new)
         if tried_mass + new_mass <= 0:  # all of them failed: nothing to prefer
@@ -69,13 +68,12 @@ class Objective:
             return 0.0
         if isinstance(known, Spoilt):
             return -limit
-        scale = self.temperature * self.spread
-        return max(-limit, min(limit, known.mean / scale)) if scale > 0 else 0.0
+        return max(-limit, min(limit, known.mean / self.scale)) if self.scale > 0 else 0.0
 
 
 def gained(worth: Known) -> bool:
     """Whether a change gained by more than its standard error, after shrinking."""
-    return worth is not None and not isinstance(worth, Spoilt) and worth.mean > worth.se
+    return isinstance(worth, Posterior) and worth.mean > worth.se
 
 
 def effective_size(weights: Sequence[float]) -> float:

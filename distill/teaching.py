@@ -14,6 +14,7 @@ from overnight.distill.objective import Objective
 from overnight.distill.rows import Reply, TrainingRow
 from overnight.rails.menu import Change
 from overnight.rails.reply import candidate_text, reply_text
+from overnight.trainer.noise import Posterior
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class Teacher:
         known = [self.knowledge.gain(lesson.baseline, change) for change in changes]
         choice = self._objective.choice(known)
         best = max(range(len(changes)), key=choice.__getitem__)
-        writes = self._write > 0 and known[best] is not None
+        writes = self._write > 0 and isinstance(known[best], Posterior)
         return TrainingRow(
             id=row_id,
             prompt=prompt,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from overnight.distill.knowledge import INTERACTION, Knowledge, Spoilt
+from overnight.distill.knowledge import INTERACTION, Guess, Knowledge, Spoilt
 from overnight.distill.lessons import read_lessons
 from overnight.rails.menu import Change
 from overnight.store.learning import ScreeningSums
@@ -37,7 +37,7 @@ def chronicle(tmp_path: Path, store: SqlStore) -> Chronicle:
 
 def knowledge(chronicle: Chronicle, sums: ScreeningSums = FEW, noise_sd: float = 0.0) -> Knowledge:
     lessons, _ = read_lessons(chronicle.store, chronicle.id, chronicle.of.menu)
-    return Knowledge(lessons, sums, noise_sd=noise_sd)
+    return Knowledge(lessons, sums, chronicle.of.menu, noise_sd=noise_sd)
 
 
 def test_a_change_is_known_where_it_was_tried(chronicle: Chronicle) -> None:
@@ -52,11 +52,37 @@ def test_repeats_are_averaged_by_their_precision(chronicle: Chronicle) -> None:
     assert found == Posterior(pytest.approx(0.024), pytest.approx(math.sqrt(1 / 12500)))
 
 
-def test_what_nobody_tried_is_unknown(chronicle: Chronicle) -> None:
+def test_a_knob_that_nobody_tried_is_unknown(chronicle: Chronicle) -> None:
     chronicle.turn("a", 0.25, 0.03)
+    chronicle.turn("c", "y", 0.03)
     known = knowledge(chronicle)
-    assert known.gain(chronicle.baseline, Change("a", 0.125)) is None
     assert known.gain(chronicle.baseline, Change("b", 2)) is None
+    assert known.gain(chronicle.baseline, Change("c", "z")) is None
+
+
+def test_a_value_between_two_that_lost_is_guessed_to_lose(chronicle: Chronicle) -> None:
+    chronicle.turn("a", 0.0, -0.2)
+    chronicle.turn("a", 0.25, -0.1)
+    between = knowledge(chronicle).gain(chronicle.baseline, Change("a", 0.125))
+    assert isinstance(between, Guess)
+    assert -0.25 < between.mean < -0.08
+
+
+def test_a_guess_counts_from_the_configuration_at_hand(chronicle: Chronicle) -> None:
+    chronicle.turn("a", 0.25, 0.1, outcome="kept")
+    chronicle.turn("a", 0.0, -0.1)
+    back = knowledge(chronicle).gain(chronicle.baseline, Change("a", 0.375))
+    assert isinstance(back, Guess)
+    assert -0.1 < back.mean < 0.0
+
+
+def test_a_few_ruined_trials_do_not_widen_the_scale(chronicle: Chronicle) -> None:
+    for number, gain in enumerate((0.01, -0.01, 0.02, -0.02, 0.0, -0.9)):
+        chronicle.turn("a", number / 8, gain)
+    known = knowledge(chronicle)
+    assert known.spread == pytest.approx(1.4826 * 0.015)
+    assert known.scale(1.0) == known.spread
+    assert known.scale(0.001) == pytest.approx(0.005)
 
 
 def test_a_change_tried_on_an_older_baseline_still_tells(chronicle: Chronicle) -> None:

@@ -8,29 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.distill.knowledge import Known, Spoilt
+from overnight.distill.knowledge import Guess, Known, Spoilt
 from overnight.distill.objective import Objective, ObjectiveName, effective_size, gained
 from overnight.trainer.noise import Posterior
 
 gains = st.floats(-1.0, 1.0)
-known = st.one_of(st.none(), st.builds(Posterior, gains, st.floats(0.0, 0.1)), st.just(Spoilt()))
+measured = st.builds(Posterior, gains, st.floats(0.0, 0.1))
+known = st.one_of(st.none(), measured, st.just(Spoilt()), st.builds(Guess, gains))
 
 
-def objective(
-    name: ObjectiveName = "outcome", *, temperature: float = 0.15, floor: float = 0.2, spread: float = 0.05
-) -> Objective:
-    return Objective(name=name, temperature=temperature, floor=floor, spread=spread)
+def objective(name: ObjectiveName = "outcome", *, scale: float = 0.0075, floor: float = 0.2) -> Objective:
+    return Objective(name=name, scale=scale, floor=floor)
 
 
 def gain(mean: float, se: float = 0.001) -> Posterior:
     return Posterior(mean, se)
 
 
-@given(st.lists(known, min_size=1, max_size=12), st.floats(0.01, 10.0), st.floats(0.0, 0.99), st.floats(0.0, 2.0))
-def test_a_choice_is_a_probability_distribution(
-    each: list[Known], temperature: float, floor: float, spread: float
-) -> None:
-    choice = objective(temperature=temperature, floor=floor, spread=spread).choice(each)
+@given(st.lists(known, min_size=1, max_size=12), st.floats(0.0, 10.0), st.floats(0.0, 0.99))
+def test_a_choice_is_a_probability_distribution(each: list[Known], scale: float, floor: float) -> None:
+    choice = objective(scale=scale, floor=floor).choice(each)
     assert len(choice) == len(each)
     assert min(choice) >= 0
     assert math.fsum(choice) == pytest.approx(1)
@@ -39,10 +36,15 @@ def test_a_choice_is_a_probability_distribution(
 @given(st.lists(known, min_size=2, max_size=12), st.floats(0.0, 0.99))
 def test_the_untried_keep_their_floor(each: list[Known], floor: float) -> None:
     choice = objective(floor=floor).choice(each)
-    untried = [chance for chance, of in zip(choice, each, strict=True) if of is None]
+    untried = [chance for chance, of in zip(choice, each, strict=True) if of is None or isinstance(of, Guess)]
     if untried:
         assert math.fsum(untried) >= floor - 1e-9
-        assert max(untried) == pytest.approx(min(untried))
+
+
+def test_among_the_untried_the_neighbours_decide() -> None:
+    up, unknown, down, tried = objective(floor=0.5).choice([Guess(0.01), None, Guess(-0.01), gain(0.1)])
+    assert up > unknown > down > 0
+    assert tried == pytest.approx(0.5)
 
 
 @given(gains, gains)
@@ -54,7 +56,7 @@ def test_what_gained_more_is_more_probable(one: float, other: float) -> None:
 def test_a_gain_goes_above_the_untried_and_a_loss_below() -> None:
     up, untried, down = objective(floor=0.0).choice([gain(0.01), None, gain(-0.01)])
     assert up > untried > down
-    assert untried / down == pytest.approx(up / untried) == pytest.approx(math.exp(0.01 / (0.15 * 0.05)))
+    assert untried / down == pytest.approx(up / untried) == pytest.approx(math.exp(0.01 / 0.0075))
 
 
 def test_a_change_whose_trial_failed_gets_nothing() -> None:
@@ -65,18 +67,18 @@ def test_where_everything_failed_nothing_is_preferred() -> None:
     assert objective().choice([Spoilt(), Spoilt()]) == [0.5, 0.5]
 
 
-def test_without_any_spread_nothing_is_preferred() -> None:
-    assert objective(spread=0.0).choice([gain(0.3), gain(-0.3)]) == [0.5, 0.5]
+def test_without_a_scale_nothing_is_preferred() -> None:
+    assert objective(scale=0.0).choice([gain(0.3), gain(-0.3)]) == [0.5, 0.5]
 
 
-def test_a_smaller_temperature_is_sharper() -> None:
+def test_a_smaller_scale_is_sharper() -> None:
     each: list[Known] = [gain(0.02), gain(0.0)]
-    sharp, soft = (objective(temperature=t).choice(each)[0] for t in (0.1, 1.0))
+    sharp, soft = (objective(scale=scale).choice(each)[0] for scale in (0.005, 0.05))
     assert sharp > soft > 0.5
 
 
 def test_huge_gains_do_not_overflow() -> None:
-    assert objective(temperature=0.01, spread=1e-9).choice([gain(1.0), gain(-1.0), None])[0] == pytest.approx(0.8)
+    assert objective(scale=1e-11).choice([gain(1.0), gain(-1.0), None])[0] == pytest.approx(0.8)
 
 
 def test_clone_weighs_every_row_alike() -> None:
