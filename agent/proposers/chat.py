@@ -16,11 +16,12 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from overnight.agent.proposers.replies import Completion, ListedModel, ModelList
 from overnight.store.errors import ProposerError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class Refused(Exception):
-    """The endpoint will not do what this request asks, and would not if asked again (status 400 or 422)."""
+    """The endpoint will not do what this request asks, and would not if asked again: mostly status 400 or 422."""
 
 
 class _Transient(Exception):
@@ -53,44 +54,6 @@ class _Transient(Exception):
 
 class _Permanent(Exception):
     """Another attempt would end the same."""
-
-
-class _Untrusted(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class _Message(_Untrusted):
-    content: str | None = None
-
-
-class _Choice(_Untrusted):
-    message: _Message
-
-
-class Completion(_Untrusted):
-    """What is read of a chat completion."""
-
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-    usage: dict[str, Any] | None = None
-
-    @property
-    def text(self) -> str:
-        """The reply's text; empty when the model said nothing."""
-        return self.choices[0].message.content or ""
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Tokens in and out, as far as the endpoint tells."""
-        counts = {name: (self.usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens")}
-        return {name: n for name, n in counts.items() if type(n) is int and 0 <= n < 2**31}
-
-
-class _Model(_Untrusted):
-    id: str
-
-
-class _ModelList(_Untrusted):
-    data: list[_Model]
 
 
 class ChatEndpoint:
@@ -271,10 +234,20 @@ class ChatSession:
         raw = await self._send("POST", "/chat/completions", body, probing=probing)
         return _parse(Completion, raw)
 
-    async def models(self) -> list[str]:
-        """Return the names of the endpoint's models."""
-        listed = _parse(_ModelList, await self._send("GET", "/models", None, probing=False))
-        return [model.id for model in listed.data]
+    async def models(self) -> list[ListedModel]:
+        """Return the endpoint's models, adapters included."""
+        return _parse(ModelList, await self._send("GET", "/models", None, probing=False)).data
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send a request of which only the success counts.
+
+        Raises:
+            Refused: any status that trying again would not mend, 500 and 501 included.
+        """
+        try:
+            await self._send("POST", path, body, probing=True)
+        except _Permanent as error:
+            raise Refused(str(error)) from None
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, *, probing: bool) -> bytes:
         import tenacity

@@ -2,21 +2,28 @@
 
 The stored prompt is sent as it is; replies of this turn that the rails blocked follow with the reason. What comes back
 is handed on unchanged: prose stays prose, and the rails judge it. It promises an end within the deadline, no answer.
+With `adapter` a vLLM answers with an adapter of the campaign, which is loaded into it while it runs.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from overnight.agent.proposers.breaker import Breaker
-from overnight.agent.proposers.chat import ChatEndpoint, ChatSession, Completion, Refused
+from overnight.agent.proposers.chat import ChatEndpoint, ChatSession, Refused
 from overnight.agent.proposers.protocol import Answer, Ask, ProposerContext, ProposerSettings
+from overnight.agent.proposers.replies import Completion, ListedModel
+from overnight.agent.proposers.served import ServedAdapter, unload
 from overnight.agent.proposers.structured import (
     MODES,
     PROBE_PROMPT,
@@ -33,6 +40,16 @@ from overnight.store.hashing import JsonValue
 MAX_REPLY_SHOWN = 2_000
 MAX_REASON_SHOWN = 1_000
 """Characters of a blocked reply, and of why it was blocked, that go back to the model."""
+UNLOAD_S = 5.0
+"""Most time for unloading adapters, after the answer."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was found out about an endpoint; shared by a proposer's versions."""
+
+    model: str | None
+    mode: StructuredMode | None
 
 
 class OpenAIProposer:
@@ -57,6 +74,11 @@ class OpenAIProposer:
         """A fixed sampling seed; by default one derived from the campaign's seed for each try."""
         structured: Literal["auto", "json_schema", "nvext", "json", "none"] = "auto"
         """How to ask for JSON; `auto` probes once what the endpoint enforces."""
+        adapter: Annotated[str, Field(pattern=r"^(promoted|v[1-9]\d*)$")] | None = None
+        """`promoted`, or a version such as `v3`: the campaign's adapter that a vLLM loads and answers with
+        (docs/serving.md); with none promoted, the base model answers."""
+        adapter_root: Annotated[str, Field(pattern=r"^/")] | None = None
+        """Where that server sees the folder `adapters` beside the database, if elsewhere, as in a container."""
 
         @field_validator("base_url")
         @classmethod
@@ -71,8 +93,27 @@ class OpenAIProposer:
                 )
             return value.rstrip("/")
 
-    def __init__(self, name: str, settings: Settings, *, breaker: Breaker | None = None) -> None:
+        @model_validator(mode="after")
+        def _root_is_of_adapters(self) -> Self:
+            if self.adapter_root is not None and self.adapter is None:
+                raise ValueError("`adapter_root` says nothing without `adapter`; add `adapter` or remove it")
+            return self
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        breaker: Breaker | None = None,
+        in_use: MutableMapping[str, str] | None = None,
+    ) -> None:
         """Hold what is needed to ask; opens no connection.
+
+        Args:
+            name: of the campaign file's table.
+            settings: the table.
+            breaker: the endpoint's failure counter, shared by its proposers.
+            in_use: which adapter each proposer of the endpoint answers with, shared by them.
 
         Raises:
             CampaignError: the variable that `api_key_env` names is not set.
@@ -81,8 +122,9 @@ class OpenAIProposer:
         self._settings = settings
         self._breaker = breaker or Breaker(settings.base_url)
         self._endpoint = ChatEndpoint(settings.base_url, _read_key(name, settings.api_key_env))
-        self._model = settings.model
-        self._mode: StructuredMode | None = None if settings.structured == "auto" else settings.structured
+        self._found = _Found(settings.model, None if settings.structured == "auto" else settings.structured)
+        self._in_use = {} if in_use is None else in_use
+        self._served: ServedAdapter | None = None
 
     @classmethod
     def from_settings(cls, name: str, settings: Mapping[str, object], context: ProposerContext) -> Self:
@@ -93,14 +135,38 @@ class OpenAIProposer:
         """
         parsed = cls.Settings.parse(name, settings)
         breaker = context.breakers.setdefault(parsed.base_url, Breaker(parsed.base_url))
-        return cls(name, parsed, breaker=breaker)
+        return cls(name, parsed, breaker=breaker, in_use=context.served.setdefault(parsed.base_url, {}))
+
+    @property
+    def wanted(self) -> str | None:
+        """Which adapter the table asks for: `promoted`, a version, or none."""
+        return self._settings.adapter
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that it answers with; None: the base model as it is."""
+        return None if self._served is None else self._served.folder
+
+    def with_adapter(self, version: str, folder: Path) -> Self:
+        """Return this proposer as it answers with an adapter, which its server loads at the first question.
+
+        Args:
+            version: the name of the adapter in its campaign, such as `v3`.
+            folder: where the adapter is.
+
+        Raises:
+            CampaignError: there is no whole adapter in `folder`.
+        """
+        twin = copy.copy(self)
+        twin._served = ServedAdapter.of(version, folder, root=self._settings.adapter_root)
+        return twin
 
     def prepare(self) -> StructuredMode:
         """Find out now, not at the first turn, which model there is and which structured output it enforces.
 
         Raises:
             ProposerError: no answer within the deadline.
-            CampaignError: there are several models, or none, and `model` names none.
+            CampaignError: there are several models, or none, and `model` names none of them.
         """
         return self._endpoint.call(self._set_up, self._settings.deadline_s)
 
@@ -113,24 +179,36 @@ class OpenAIProposer:
             CampaignError: see `prepare`.
         """
         self._breaker.check()
+        ends = time.monotonic() + self._settings.deadline_s
         try:
-            answer = self._endpoint.call(lambda session: self._ask(session, ask), self._settings.deadline_s)
+            answer, replaced = self._endpoint.call(lambda session: self._ask(session, ask), self._settings.deadline_s)
         except ProposerError as error:
             self._breaker.record_failure(str(error))
             raise
         self._breaker.record_success()
+        self._unload(replaced, ends - time.monotonic())
         return answer
 
-    async def _ask(self, session: ChatSession, ask: Ask) -> Answer:
+    def _unload(self, names: Sequence[str], left_s: float) -> None:
+        """Take the adapters that this one replaced out of the server; what stays is tried at the next answer."""
+        if names and left_s > 0:
+            with suppress(ProposerError):
+                self._endpoint.call(lambda session: unload(session, names), min(left_s, UNLOAD_S))
+
+    async def _ask(self, session: ChatSession, ask: Ask) -> tuple[Answer, Sequence[str]]:
+        """Return the answer, and the names of adapters that the server need not hold any more."""
         mode = await self._set_up(session)
+        replaced = [] if self._served is None else await self._load(session, self._served)
         started = time.perf_counter()
         seed = ask.seed % 2**31 if self._settings.seed is None else self._settings.seed
         completion, mode = await self._complete(session, ask, mode, seed)
-        return Answer(
+        base = {} if self._served is None else {"base_model": self._found.model}
+        answer = Answer(
             reply=self._endpoint.scrub(completion.text),
             latency_s=time.perf_counter() - started,
             settings={
-                "model": self._model,
+                "model": self._asked_model,
+                **base,
                 "temperature": self._settings.temperature,
                 "seed": seed,
                 "max_tokens": self._settings.max_tokens,
@@ -138,13 +216,27 @@ class OpenAIProposer:
             },
             usage=completion.tokens,
         )
+        return answer, replaced
+
+    async def _load(self, session: ChatSession, served: ServedAdapter) -> Sequence[str]:
+        """Have the server hold the adapter; return the names of those that it takes the place of."""
+        listed = await session.models()
+        bases = [model for model in listed if not model.is_adapter]
+        if all(model.id != self._found.model for model in bases):
+            raise CampaignError(
+                f"`[proposers.{self.name}]`: endpoint `{self._settings.base_url}` lists no model "
+                f"`{self._found.model}` but {_shown(bases)}; name the base model of the adapter with `model`"
+            )
+        await served.load(session, listed)
+        self._in_use[self.name] = served.name
+        return served.replaced(listed, self._in_use.values())
 
     async def _complete(
         self, session: ChatSession, ask: Ask, mode: StructuredMode, seed: int
     ) -> tuple[Completion, StructuredMode]:
         """Ask in `mode`, or in the first weaker one that is not refused; remember what worked."""
         schema = moves_schema(ask.menu, ask.baseline, ask.moves)
-        common = self._request(chat_messages(ask), self._settings.max_tokens) | {
+        common = self._request(self._asked_model, chat_messages(ask), self._settings.max_tokens) | {
             "temperature": self._settings.temperature,
             "seed": seed,
         }
@@ -156,18 +248,19 @@ class OpenAIProposer:
                 if candidate == weaker[-1]:
                     raise
                 continue
-            self._mode = candidate
+            self._found.mode = candidate
             return completion, candidate
         raise AssertionError("the last mode returns or raises")
 
     async def _set_up(self, session: ChatSession) -> StructuredMode:
-        if self._model is None:
-            self._model = self._only_model(await session.models())
-        return self._mode or await self._probe(session)
+        if self._found.model is None:
+            self._found.model = self._only_model(await session.models())
+        return self._found.mode or await self._probe(session)
 
     async def _probe(self, session: ChatSession) -> StructuredMode:
         """Return the strictest mode that the endpoint enforces; remembered once an answer came through it."""
-        common = self._request([{"role": "user", "content": PROBE_PROMPT}], PROBE_TOKENS) | {"temperature": 0.0}
+        common = self._request(self._found.model, [{"role": "user", "content": PROBE_PROMPT}], PROBE_TOKENS)
+        common["temperature"] = 0.0
         for mode in MODES[:-1]:
             try:
                 completion = await session.complete(common | request_fields(mode, PROBE_SCHEMA), probing=True)
@@ -177,25 +270,34 @@ class OpenAIProposer:
                 return mode
         return "none"
 
-    def _request(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        return {"model": self._model, "messages": messages, "max_tokens": max_tokens}
+    @property
+    def _asked_model(self) -> str | None:
+        return self._found.model if self._served is None else self._served.name
 
-    def _only_model(self, models: list[str]) -> str:
+    def _request(self, model: str | None, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        return {"model": model, "messages": messages, "max_tokens": max_tokens}
+
+    def _only_model(self, listed: Sequence[ListedModel]) -> str:
+        """Return the one model that is no adapter on another."""
+        models = [model for model in listed if not model.is_adapter]
         if len(models) == 1:
-            return models[0]
-        shown = ", ".join(f"`{model[:80]!s}`" for model in models[:8]) or "none"
+            return models[0].id
         raise CampaignError(
-            f"`[proposers.{self.name}]`: endpoint `{self._settings.base_url}` lists {len(models)} models ({shown}); "
-            "name one with `model`"
+            f"`[proposers.{self.name}]`: endpoint `{self._settings.base_url}` lists {len(models)} models "
+            f"({_shown(models)}); name one with `model`"
         )
 
     def describe(self) -> Mapping[str, JsonValue]:
-        """Return kind, endpoint, model and sampling settings; a model of None is the endpoint's only one."""
-        said = self._settings
+        """Return kind, endpoint, model, adapter (its version and the hash of its weights) and sampling settings.
+
+        A model of None is the endpoint's only one.
+        """
+        said, served = self._settings, self._served
         return {
             "kind": "openai",
             "base_url": said.base_url,
             "model": said.model,
+            "adapter": None if served is None else {"version": served.version, "sha256": served.sha256},
             "temperature": said.temperature,
             "max_tokens": said.max_tokens,
             "seed": said.seed,
@@ -204,6 +306,10 @@ class OpenAIProposer:
 
     def close(self) -> None:
         """Hold no connection between turns, so close none."""
+
+
+def _shown(models: Sequence[ListedModel]) -> str:
+    return ", ".join(f"`{model.id[:80]!s}`" for model in models[:8]) or "none"
 
 
 def _read_key(name: str, variable: str | None) -> str | None:

@@ -150,6 +150,71 @@ class LoopbackServer:
         return Wire(method, path, headers, json.loads(raw or b"null"), reader, writer, len(self.requests))
 
 
+@dataclass
+class LoraServer:
+    """The handler of a server that loads and unloads LoRA adapters while it runs, as vLLM does."""
+
+    base: str = "base"
+    reply: str = "hello"
+    updating: bool = True
+    """Whether it was started so that adapters may be loaded."""
+    refuses: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Statuses and messages for paths that are refused, by how they end; an empty end is every path."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Paths by name."""
+    did: list[str] = field(default_factory=list)
+    """What was asked of it, in order."""
+    load_s: float = 0.0
+    """How long loading takes."""
+
+    async def __call__(self, wire: Wire) -> None:
+        last = wire.path.rpartition("/")[2]
+        if last == "models":
+            await wire.answer(200, {"data": self._cards()})
+        elif last == "completions":
+            await self._chat(wire)
+        elif last == "load_lora_adapter" and self.updating:
+            await self._load(wire, wire.body["lora_name"], wire.body["lora_path"])
+        elif last == "unload_lora_adapter" and self.updating:
+            await self._unload(wire, wire.body["lora_name"])
+        else:
+            await wire.answer(404, {"detail": "Not Found"})
+
+    def _cards(self) -> list[dict[str, Any]]:
+        base = {"id": self.base, "root": "/models/base", "parent": None}
+        return [base, *({"id": name, "root": root, "parent": self.base} for name, root in self.adapters.items())]
+
+    async def _chat(self, wire: Wire) -> None:
+        model = wire.body["model"]
+        self.did.append(f"ask {model}")
+        if model != self.base and model not in self.adapters:
+            await self._error(wire, 404, f"there is no model {model}")
+            return
+        await wire.say(self.reply)
+
+    async def _load(self, wire: Wire, name: str, path: str) -> None:
+        self.did.append(f"load {name}")
+        refused = next((answer for end, answer in self.refuses.items() if path.endswith(end)), None)
+        if refused is None and name in self.adapters:
+            refused = 400, f"{name} is loaded already"
+        if refused is not None:
+            await self._error(wire, *refused)
+            return
+        await asyncio.sleep(self.load_s)
+        self.adapters[name] = path
+        await wire.answer(200, b"loaded", {"Content-Type": "text/plain"})
+
+    async def _unload(self, wire: Wire, name: str) -> None:
+        self.did.append(f"unload {name}")
+        if self.adapters.pop(name, None) is None:
+            await self._error(wire, 404, f"{name} cannot be found")
+            return
+        await wire.answer(200, b"unloaded", {"Content-Type": "text/plain"})
+
+    async def _error(self, wire: Wire, status: int, text: str) -> None:
+        await wire.answer(status, {"error": {"message": text, "type": "Whatever", "code": status}})
+
+
 def unused_port() -> int:
     """Return a port that nothing listens on."""
     with socket.socket() as probe:

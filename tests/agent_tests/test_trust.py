@@ -107,6 +107,7 @@ def test_every_built_in_part_is_one_that_the_gate_knows() -> None:
 
 
 GPT = {"steps": 1, "optimum": None, "noise_sd": None, "seed_sd": None}
+LOCAL = "http://127.0.0.1:1/v1"
 GPT_KNOBS = {"a": None, "b": None, "n_layer": {"type": "int", "choices": [1, 2], "default": 1}}
 
 
@@ -126,6 +127,11 @@ GPT_KNOBS = {"a": None, "b": None, "n_layer": {"type": "int", "choices": [1, 2],
             "proposers.s.adapter",
             {"proposers": {"s": {"kind": "student", "base_model": "smollm2-135m", "adapter": "../secret"}}},
             "secret",
+        ),
+        (
+            "proposers.v.adapter_root",
+            {"proposers": {"v": {"kind": "openai", "base_url": LOCAL, "adapter": "v1", "adapter_root": "/theirs"}}},
+            f"/theirs, as the server at {LOCAL} sees it",
         ),
     ],
 )
