@@ -158,10 +158,15 @@ def stored_corpus(store: TrajectoryStore, campaign: Campaign) -> Corpus:
     """Return the corpus of all stored prompts, however few there are; writes nothing and renders nothing.
 
     Raises:
-        CorpusRefusedError: no measured turn has a prompt, or none is left to train on.
+        CorpusRefusedError: an imported attempt has no prompt yet, or no row is left to train on.
     """
     state = store.campaign(campaign.name)
     assert state is not None
+    if store.unprompted(state.id):
+        raise CorpusRefusedError(
+            f"campaign `{state.name}`: its imported attempts have no prompts yet; `overnight distill {state.name} "
+            "--report` renders them"
+        )
     anything = replace(corpus_settings(campaign), min_rows=1, min_knobs=1, min_pairs=1, max_share=1.0, augment=())
     return build_corpus(store, state, prompt_frame(campaign), anything)
 
