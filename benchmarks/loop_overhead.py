@@ -1,11 +1,15 @@
 """What the loop itself costs a turn: everything but the trial and the model call.
 
 Runs the full menu of `campaigns/gpt354m` with the shipped ScriptedTrainer and ScriptedProposer, on a SQLite store with
-LangGraph's checkpoints beside it, as `overnight run` does. One campaign has `--turns` turns of history, another has
-none; blocks of both alternate, so that whatever else the machine does falls on both alike. Prints one JSON line: the
-median turn of each in milliseconds, their ratio, and how long one decision takes on the long history.
+LangGraph's checkpoints, the log and the live file beside it, as `overnight run` does. One campaign has `--turns` turns
+of history, another has none; blocks of both alternate, so that whatever else the machine does falls on both alike.
+Prints one JSON line: the median turn of each in milliseconds, their ratio, and how long one decision takes on the long
+history.
 
-    python benchmarks/loop_overhead.py --turns 10000
+    python benchmarks/loop_overhead.py --turns 10000 [--challenger]
+
+With `--challenger` a second proposer duels the first on a quarter of the turns (`duel_share` 0.25): the due-checks of
+every turn and the settling of duels are in the median then.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import time
 from pathlib import Path
 
 from overnight.agent.campaign import load_campaign, parse_campaign
+from overnight.agent.cli.watching import Watchers
 from overnight.agent.events import Decided, Event, TrialFinished, TrialStarted
 from overnight.agent.measure import standing
 from overnight.agent.proposers.protocol import Ask, reply_text
@@ -65,14 +70,16 @@ def propose(ask: Ask) -> str:
 class Loop:
     """One campaign on a store of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, contested: bool) -> None:
         folder.mkdir()
+        self._names = ["scripted", "other"] if contested else ["scripted"]
+        router = {"champion": "scripted", "explore": 0.0, **({"challenger": "other"} if contested else {})}
         data = load_campaign("gpt354m").spec() | {
             "trainer": {"steps": 60, "noise_sd": 0.001, "optimum": {"lr": 3e-4, "beta2": 0.95}},
             "budget": {"iterations": 10**6},
             "campaign": {"name": "overhead", "trainer": "scripted"},
-            "proposers": {"scripted": {"kind": "random"}},
-            "router": {"champion": "scripted", "explore": 0.0},
+            "proposers": {name: {"kind": "random"} for name in self._names},
+            "router": router,
         }
         self._folder = folder
         self._campaign = parse_campaign(data, folder / "campaign.toml")
@@ -83,11 +90,14 @@ class Loop:
         """Run some more turns; return each one's overhead in milliseconds, without the first."""
         clock = TurnClock()
         trainer = ScriptedTrainer(ScriptedSettings.model_validate(self._campaign.file.trainer))
-        proposers = {"scripted": ScriptedProposer("scripted", propose)}
-        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers=proposers, hooks=[clock])
+        proposers = {name: ScriptedProposer(name, propose) for name in self._names}
+        watchers = Watchers(self._campaign, str(self._folder / "overhead.db"))
+        hooks = [clock, *watchers.hooks]
+        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers=proposers, hooks=hooks)
         self.turns += turns
         runtime.iterations = self.turns
-        run_campaign(runtime, checkpoints=self._folder / "checkpoints")
+        with watchers:
+            run_campaign(runtime, checkpoints=self._folder / "checkpoints")
         runtime.close()
         return clock.overhead_ms[1:]
 
@@ -117,9 +127,12 @@ class Loop:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=10_000)
-    turns = parser.parse_args().turns
+    parser.add_argument("--challenger", action="store_true")
+    arguments = parser.parse_args()
+    turns, contested = arguments.turns, arguments.challenger
     with tempfile.TemporaryDirectory() as folder:
-        young, old = Loop(Path(folder) / "young"), Loop(Path(folder) / "old")
+        young = Loop(Path(folder) / "young", contested=contested)
+        old = Loop(Path(folder) / "old", contested=contested)
         old.advance(turns)
         young.advance(BLOCK)
         times: dict[str, list[float]] = {"young": [], "old": []}
@@ -130,7 +143,12 @@ def main() -> None:
         young.close()
         old.close()
     first, last = statistics.median(times["young"]), statistics.median(times["old"])
-    result = {"history": turns, "median_ms": round(first, 2), "median_ms_with_history": round(last, 2)}
+    result = {
+        "history": turns,
+        "challenger": contested,
+        "median_ms": round(first, 2),
+        "median_ms_with_history": round(last, 2),
+    }
     result |= {"ratio": round(last / first, 3), "decide_ms_with_history": round(decide, 2)}
     print(json.dumps(result | {"machine": platform.machine()}))
 
