@@ -8,6 +8,7 @@ way. PostgreSQL works by URL. It does not promise anything for SQLite on a netwo
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ HEAD = "0001"
 BUSY_TIMEOUT_S = 30.0
 WRITE = {"overnight_write": True}
 _SQLITE_MAGIC = b"SQLite format 3\x00"
+_MIGRATING = threading.Lock()
+"""Alembic's context is one for the whole process: two threads that migrate would write into each other's database."""
 _PASSING = frozenset(
     (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
      sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL)
@@ -184,7 +187,7 @@ def upgrade(engine: Engine) -> str | None:
     """Migrate to the newest schema in one transaction; return the revision that it started from."""
     from alembic import command
 
-    with engine.execution_options(**WRITE).begin() as connection:
+    with _MIGRATING, engine.execution_options(**WRITE).begin() as connection:
         before = current_revision(connection)
         if before is not None and before > HEAD:
             check_revision(before, _shown(engine.url))

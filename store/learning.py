@@ -115,7 +115,7 @@ class LearningReads(Protocol):
         ...
 
     def contested_versions(self, campaign_id: int) -> Collection[str]:
-        """Return the adapter versions (`v3`) that were raced or duelled, or are or were champion or challenger."""
+        """Return the adapter versions (`v3`) that proposed, raced or duelled, or are or were champion or challenger."""
         ...
 
     def home(self) -> Path:

@@ -127,10 +127,11 @@ class SqlLearningReads:
             return connection.execute(query).first() is not None
 
     def contested_versions(self, campaign_id: int) -> Collection[str]:
-        """Return the adapter versions (`v3`) that were raced or duelled, or are or were champion or challenger."""
+        """Return the adapter versions (`v3`) that proposed, raced or duelled, or are or were champion or challenger."""
         own = ProposerRow.campaign_id == campaign_id
         raced = select(RaceItemRow.proposer_id).join(RaceRow).where(RaceRow.campaign_id == campaign_id)
-        met = [raced, *(select(column).where(column.is_not(None)) for column in _CONTESTANTS)]
+        proposed = select(AttemptRow.proposer_id).where(AttemptRow.campaign_id == campaign_id)
+        met = [raced, proposed, *(select(column).where(column.is_not(None)) for column in _CONTESTANTS)]
         named = or_(*(ProposerRow.id.in_(query) for query in met))
         with self._reading() as connection:
             found = connection.execute(select(ProposerRow.description).where(own, named)).scalars().all()

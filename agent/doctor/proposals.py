@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from overnight.agent.contest import seated
 from overnight.agent.doctor.finding import Finding, amiss, note, ok
 from overnight.agent.propose import StoredHistory
 from overnight.agent.proposers.protocol import Answer, Ask, Proposer
@@ -44,14 +45,14 @@ def next_ask(runtime: Runtime, state: CampaignState) -> Ask | None:
 
 
 def ask_all(runtime: Runtime, state: CampaignState, latencies: dict[str, float]) -> Iterator[Finding]:
-    """Ask every proposer; what each took goes into `latencies`, in seconds."""
+    """Ask every proposer, as it takes part now; what each took goes into `latencies`, in seconds."""
     ask = next_ask(runtime, state)
     if ask is None:
         yield note("proposals", "every legal change was tried", "widen the menu, or start anew with `--fresh`")
         return
     rails = runtime.rails(state)
-    for name, proposer in runtime.proposers.items():
-        what = f"proposer {name}"
+    for name in runtime.proposers:
+        proposer, what = seated(runtime, state, name), f"proposer {name}"
         try:
             answer = proposer.propose(ask)
         except ProposerError as error:

@@ -10,6 +10,8 @@ import pytest
 
 from overnight.agent import contest
 from overnight.agent.campaign import Campaign
+from overnight.agent.distilling import prune
+from overnight.agent.doctor.proposals import ask_all
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Proposer, reply_text
 from overnight.agent.proposers.uniform import RandomProposer
@@ -162,6 +164,25 @@ def test_each_version_proposes_under_a_row_of_its_own(
         kind, name = what.split()
         assert kind != "unload" or (before.startswith("ask") and not before.endswith(name))
     assert len(vllm.adapters) == 1
+
+
+def test_an_adapter_that_proposed_stays_on_the_disk(tmp_path: Path, store: SqlStore, url: str) -> None:
+    night = Night(tmp_path, store, url, adapter="v1", champion="vllm")
+    night.distilled(1)
+    night.play(1)
+    for version in (2, 3):
+        night.distilled(version)
+    assert prune(store, night.state, 1) == [2]
+
+
+def test_doctor_has_the_adapter_loaded(tmp_path: Path, store: SqlStore, url: str, vllm: LoraServer) -> None:
+    night = Night(tmp_path, store, url, adapter="v1")
+    night.distilled(1)
+    night.play(1)
+    night.running.info = night.running.trainer.prepare()
+    vllm.refuses[""] = 500, "LoRA is not enabled."
+    found = list(ask_all(night.running, night.state, {}))
+    assert ["LoRA is not enabled" in finding.found for finding in found] == [False, True]
 
 
 def test_it_races_for_itself(tmp_path: Path, store: SqlStore, url: str, vllm: LoraServer) -> None:

@@ -77,9 +77,11 @@ def asked(proposer: OpenAIProposer) -> Answer:
     return answer
 
 
-def adapters_at(url: str) -> list[dict[str, Any]]:
+def folders_at(url: str, campaign: str) -> list[str]:
+    """Return where the server has the adapters of a campaign from."""
     with urllib.request.urlopen(f"{url}/models", timeout=60) as response:
-        return [model for model in json.load(response)["data"] if model["parent"] is not None]
+        listed: list[dict[str, Any]] = json.load(response)["data"]
+    return [model["root"] for model in listed if model["id"].startswith(f"{campaign}-v")]
 
 
 def test_versions_are_loaded_answer_and_go(url: str, versions: dict[int, Path]) -> None:
@@ -88,9 +90,9 @@ def test_versions_are_loaded_answer_and_go(url: str, versions: dict[int, Path]) 
     unadapted = asked(base)
     assert unadapted.reply not in TAUGHT.values()
     assert asked(first).reply == TAUGHT[1]
-    assert [model["root"] for model in adapters_at(url)] == [str(versions[1])]
+    assert folders_at(url, versions[1].parent.name) == [str(versions[1])]
     assert asked(second).reply == TAUGHT[2]
-    assert [model["root"] for model in adapters_at(url)] == [str(versions[2])]
+    assert folders_at(url, versions[1].parent.name) == [str(versions[2])]
     assert asked(base).reply == unadapted.reply
     assert asked(second).reply == TAUGHT[2]
 

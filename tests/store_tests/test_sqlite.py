@@ -1,7 +1,9 @@
 """The store on SQLite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -16,3 +18,17 @@ class TestSqlite(StoreConformance):
         store = SqlStore.open(tmp_path / "store.db", create=True)
         yield store
         store.close()
+
+
+def test_threads_make_stores_of_their_own_at_the_same_time(tmp_path: Path) -> None:
+    start = Barrier(4)
+
+    def make(number: int) -> Sequence[str]:
+        start.wait(10)
+        store = SqlStore.open(tmp_path / f"{number}.db", create=True)
+        names = store.campaigns()
+        store.close()
+        return names
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, range(4))) == [[]] * 4
