@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
 from overnight.agent.state import TurnState, TurnUpdate
 from overnight.agent.turns import prompt_frame
-from overnight.distill.adapter import AdapterFacts
+from overnight.distill.adapter import AdapterFacts, read_record, sweep_unfinished
 from overnight.distill.corpus import Corpus, CorpusSettings, build_corpus, reconstruct_prompts
 from overnight.distill.recipe import LoraRecipe
 from overnight.distill.wire import TrainedReply, TrainingReply
@@ -110,6 +111,7 @@ def train_student(
     failure: str | None = None
     try:
         corpus = corpus_of(runtime)
+        forget_cut_off(runtime.store, runtime.state(), corpus)
         version = next_version(runtime.store, runtime.state())
         folder = adapter_folder(runtime.store, runtime.name, version)
         trained = _train(runtime, student, corpus, iteration, folder)
@@ -254,6 +256,23 @@ def _tell(runtime: Runtime, new: NewDistillation, trained: TrainedReply | None) 
 def adapter_folder(store: TrajectoryStore, campaign: str, version: int) -> Path:
     """Return where a version's adapter lies: `adapters/<campaign>/v<n>` beside the database file."""
     return store.home() / "adapters" / campaign / f"v{version}"
+
+
+def forget_cut_off(store: TrajectoryStore, state: CampaignState, corpus: Corpus) -> None:
+    """Remove what a training left that was killed before its row: unfinished files, or an adapter of this very corpus.
+
+    Any other adapter without a row stays: the store may be an older copy.
+    """
+    folder = adapter_folder(store, state.name, 1).parent
+    sweep_unfinished(folder)
+    recorded = {each.version for each in store.distillations(state.id)}
+    for entry in folder.glob("v*"):
+        match = _VERSION.fullmatch(entry.name)
+        if match is None or int(match[1]) in recorded:
+            continue
+        with suppress(CampaignError):  # no whole adapter: not ours to judge
+            if read_record(entry).facts.get("corpus_sha256") == corpus.sha256:
+                shutil.rmtree(entry)
 
 
 def next_version(store: TrajectoryStore, state: CampaignState) -> int:

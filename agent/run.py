@@ -25,6 +25,7 @@ from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import Interrupted, PauseRequested, PauseSwitch
 from overnight.agent.trust import require
+from overnight.distill.adapter import sweep_unfinished
 from overnight.rails.gate import Rail
 from overnight.rails.registry import RailContext, build_rails
 from overnight.store import clock
@@ -143,9 +144,7 @@ def rails_of(campaign: Campaign) -> list[Rail]:
         raise CampaignError(f"{campaign.path}: {error}") from error
 
 
-def host_trainer(
-    campaign: Campaign, idle: Callable[[], None], function: Objective | None = None
-) -> WorkerTrainer:
+def host_trainer(campaign: Campaign, idle: Callable[[], None], function: Objective | None = None) -> WorkerTrainer:
     """Return the campaign's trainer, or a function, in a worker process of its own, checked; starts no process yet.
 
     Raises:
@@ -349,6 +348,7 @@ def _start(runtime: Runtime, *, prepared_s: float = 0.0) -> None:
     before = runtime.state()
     with runtime.writing(changes_campaign=True) as writer:
         writer.status("running")
+    sweep_unfinished(runtime.store.home() / "adapters" / runtime.name)
     # Only the one writer records a file that changed.
     campaign = runtime.campaign
     runtime.store.open_campaign(

@@ -137,6 +137,12 @@ def write_adapter(
     return made
 
 
+def sweep_unfinished(folder: Path) -> None:
+    """Remove what killed trainings left in `folder`, where a campaign's one writer keeps its adapters."""
+    for left in folder.glob(".v*-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def model_card(record: AdapterRecord) -> str:
     """Return the `README.md` of an adapter: what it is, for people and for hubs."""
     facts, recipe = record.facts, record.recipe

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -163,10 +164,11 @@ class ModelHost:
                 progress(reply)
             return isinstance(reply, TrainingReply)
 
-        with self._lock, tempfile.TemporaryDirectory(prefix="overnight-rows-") as place:
-            files = {name: Path(place) / f"{name}.jsonl" for name in ("rows", "held_out")}
-            write_rows(rows, files["rows"])
-            write_rows(held_out, files["held_out"])
+        with self._lock, _room_beside(folder) as place:
+            files = {name: place / f"{name}.jsonl" for name in ("rows", "held_out")}
+            for name, told_rows in (("rows", rows), ("held_out", held_out)):
+                with _as_proposer_error(folder):
+                    write_rows(told_rows, files[name])
             arguments = {
                 "rows": str(files["rows"]),
                 "held_out": str(files["held_out"]),
@@ -265,3 +267,24 @@ class ModelHost:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+@contextmanager
+def _room_beside(folder: Path) -> Iterator[Path]:
+    """Return a folder for what a training reads, which a killed process leaves where `sweep_unfinished` finds it."""
+    with _as_proposer_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-rows-")
+    with place as path:
+        yield Path(path)
+
+
+@contextmanager
+def _as_proposer_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ProposerError(
+            f"adapter `{folder}` could not be written: {error.strerror or error}; free space there or mend its rights",
+            failure="llm_error",
+        ) from error
