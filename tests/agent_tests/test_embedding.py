@@ -20,15 +20,16 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 
 from overnight.agent.graph import NODES, TurnGraph, build_graph
+from overnight.agent.proposers.protocol import Ask
 from overnight.agent.state import TurnState, TurnUpdate
-from overnight.store.errors import InputError, TrainerError
+from overnight.store.errors import InputError, ProposerError, TrainerError
 from overnight.store.protocol import MAX_TRIES
 from overnight.store.records import TrialRequest, TrialResult
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.protocol import Report
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
-from .campaigns import campaign, proposing, scripted
+from .campaigns import campaign, proposing, runtime, scripted
 
 LIMIT = 25
 """LangGraph's own default for a host's graph."""
@@ -186,12 +187,12 @@ def test_a_node_that_fails_gives_the_lease_back(tmp_path: Path, store: SqlStore)
 
 
 def test_another_writer_between_turns_is_seen(tmp_path: Path, store: SqlStore) -> None:
-    one = graph(tmp_path, store, ("b", 3), ("a", 0.25)).compile()
-    two = graph(tmp_path, store, ("b", 2)).compile()
+    one = graph(tmp_path, store, ("b", 3), ("b", 4), iterations=9).compile()
+    two = graph(tmp_path, store, ("a", 0.25), iterations=9).compile()
     outputs = [app.invoke({"campaign": "c"}) for app in (one, two, one)]
-    iterations = [store.attempt(output["attempt_id"]).iteration for output in outputs]
-    assert iterations == [1, 2, 3]
-    assert [output["outcome"] for output in outputs] == ["kept", "reverted", "kept"]
+    attempts = [store.attempt(output["attempt_id"]) for output in outputs]
+    assert [(attempt.iteration, attempt.outcome) for attempt in attempts] == [(1, "kept"), (2, "kept"), (3, "reverted")]
+    assert attempts[2].baseline_config_id == attempts[1].config_id
 
 
 def children() -> set[int]:
@@ -358,12 +359,16 @@ def test_a_critic_that_raised_is_asked_again_before_anything_is_trained(tmp_path
 
 
 def test_a_critic_is_not_asked_where_nobody_answered(tmp_path: Path, store: SqlStore) -> None:
+    def silent(ask: Ask) -> str:
+        raise ProposerError("no answer", failure="llm_timeout")
+
     seen: list[str | None] = []
-    turn = graph(tmp_path, store, iterations=1, nodes={"after:propose": critic(store, seen)})
-    app = turn.compile()
-    app.invoke({"campaign": "c"})
-    assert app.invoke({"campaign": "c"})["stop_reason"] == "iterations"
-    assert len(seen) == 1
+    proposers = proposing(silent)
+    app = graph(tmp_path, store, proposers=proposers, nodes={"after:propose": critic(store, seen)}).compile()
+    names = [name for part in app.stream({"campaign": "c"}) for name in part]
+    assert len(proposers["random"].asks) == 1
+    assert names[:4] == ["calibrate", "propose", "propose", "after_propose"]
+    assert None not in seen
 
 
 def test_every_place_takes_a_node_that_runs_after_it(tmp_path: Path, store: SqlStore) -> None:
@@ -404,6 +409,17 @@ def test_the_longest_turn_fits_the_default_limit(tmp_path: Path, store: SqlStore
     assert set(NODES) - set(names) == {"distill", "race", "route"}
 
 
+def test_a_menu_that_is_gridded_finer_costs_no_step(tmp_path: Path, store: SqlStore) -> None:
+    knobs = {"a": {"type": "float", "range": [0.0, 1.0], "default": 0.0, "levels": 2}, "b": None}
+    of = campaign(tmp_path, knobs=knobs, trainer={"optimum": {"a": 0.0}}, budget={"iterations": 9})
+    trainer = ScriptedTrainer(ScriptedSettings.model_validate(of.file.trainer), metric="loss")
+    app = build_graph(of, store=store, trainer=trainer).compile()
+    turns = [[name for part in app.stream({"campaign": "c"}) for name in part] for _ in range(2)]
+    state = store.campaign("c")
+    assert state is not None
+    assert (state.refinement, turns[1].count("propose")) == (1, 1)
+
+
 def test_a_turn_in_a_host_needs_no_more_than_the_default_limit(tmp_path: Path, store: SqlStore) -> None:
     app = host(graph(tmp_path, store, "no JSON", iterations=1))
     assert app.invoke({"campaign": "c"}, {"recursion_limit": LIMIT})["stop_reason"] == "iterations"
@@ -427,3 +443,36 @@ def test_overnight_pause_ends_the_turn_and_the_next_invocation_goes_on(tmp_path:
     assert state is not None
     assert (state.status, state.lease_owner) == ("paused", None)
     assert app.invoke({"campaign": "c"})["outcome"] == "kept"
+
+
+def test_a_pause_in_the_look_at_the_holdout_is_forgotten_afterwards(tmp_path: Path, store: SqlStore) -> None:
+    def ask_to_pause(request: TrialRequest) -> None:
+        state = store.campaign("c")
+        assert state is not None
+        if request.split == "holdout" and not asked:
+            asked.append(store.request(state.id, "pause_requested", {}))
+
+    asked: list[int] = []
+    turn = graph(tmp_path, store, iterations=1, trainer=watched(tmp_path, ask_to_pause))
+    app = turn.compile(checkpointer=InMemorySaver())
+    config: Any = {"configurable": {"thread_id": "1"}}
+    reasons = [app.invoke({"campaign": "c"}, config)["stop_reason"] for _ in range(2)]
+    assert reasons == ["paused", "iterations"]
+    state = store.campaign("c")
+    assert state is not None
+    assert (state.status, state.stop_reason) == ("finished", "iterations")
+
+
+def test_what_only_the_lease_holder_may_rely_on_is_forgotten_with_the_lease(tmp_path: Path, store: SqlStore) -> None:
+    held = runtime(campaign(tmp_path), store)
+    with held.writing():
+        pass
+    state = held.state()
+    held.trials[("config", "val")] = held.own_trials[1] = ()
+    other = SqlStore.open(tmp_path / "store.db")
+    with other.writing(other.acquire(state.id)) as writer:
+        writer.refined(7)
+    held.rest()
+    assert (held.lease, held.trials, held.own_trials, held.state().refinement) == (None, {}, {}, 7)
+    held.close()
+    other.close()
