@@ -212,7 +212,7 @@ class _LoraGroup(torch.autograd.Function):
         ctx.group, ctx.rate, ctx.seed = group, rate, seed
         parts = torch.chunk(small, len(group.layers), dim=1)
         return tuple(
-            F.linear(x, layer.weight, layer.bias).addmm_(part, layer.up.T).to(ctx.dtype)
+            F.linear(x, layer.weight, layer.bias).addmm_(part, layer.up.T)
             for layer, part in zip(group.layers, parts, strict=True)
         )
 
@@ -226,7 +226,6 @@ class _LoraGroup(torch.autograd.Function):
         for layer, grad, part, of_part in zip(
             group.layers, grads, torch.chunk(small, count, dim=1), torch.chunk(of_small, count, dim=1), strict=True
         ):
-            grad = grad.to(x.dtype)  # noqa: PLW2901
             torch.mm(grad, layer.up, out=of_part)
             layer.up_grad.add_(grad.T @ part)
             if ctx.needs_input_grad[1]:
@@ -241,7 +240,8 @@ def _down(x: Tensor, group: _Group, rate: float, seed: int) -> Tensor:
         from overnight.distill.kernels import lora_down
 
         return lora_down(x, group.down, rate, seed, group.scale, group.widest)
-    return (_dropped(x, rate, seed)[0] @ group.down.T).mul_(group.scale)
+    dropped, _, factor = _dropped(x, rate, seed)
+    return (dropped @ group.down.T).mul_(group.scale * factor)
 
 
 def _down_backward(  # noqa: PLR0917
@@ -253,40 +253,51 @@ def _down_backward(  # noqa: PLR0917
 
         lora_down_backward(x, small, group.down, of_x, group.down_grad, rate, seed, group.scale, group.widest)
         return
-    small.mul_(group.scale)
-    dropped, kept = _dropped(x, rate, seed)
+    dropped, kept, factor = _dropped(x, rate, seed)
+    small.mul_(group.scale * factor)
     group.down_grad.add_(small.T @ dropped)
     if of_x is None:
         return
     if kept is None:
         of_x.addmm_(small, group.down)
     else:
-        of_x.addcmul_(small @ group.down, kept, value=1 / (1 - rate))
+        of_x.addcmul_(small @ group.down, kept)
 
 
 def _kernels(x: Tensor) -> bool:
     return x.is_cuda and find_spec("triton") is not None
 
 
-def _dropped(x: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return `x` after dropout, and where it was kept; the same for the same seed."""
+def _dropped(x: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None, float]:
+    """Return `x` after dropout, where it was kept, and what it is still to be multiplied with; repeats for a seed."""
     if rate == 0.0:
-        return x, None
+        return x, None, 1.0
     if x.is_cuda:
         torch.cuda.manual_seed(seed)
         dropped, kept = torch.native_dropout(x, rate, True)
-        return dropped, kept
+        return dropped, kept / (1 - rate), 1.0
     drawn = np.frombuffer(np.random.Generator(np.random.SFC64(seed)).bytes(x.numel()), dtype=np.uint8)
     kept = torch.from_numpy(drawn >= round(rate * _BYTE)).view(x.shape)
-    return x * kept * (1 / (1 - rate)), kept
+    return x * kept, kept, 1 / (1 - rate)
 
 
-def fastest_products(device: torch.device, base: torch.dtype) -> torch.dtype:
-    """Return the fastest precision of products here: the base's on a GPU; on a CPU bf16 where it computes that."""
-    if device.type != "cpu" or base != torch.float32:
+def fastest_products(model: Any) -> torch.dtype:
+    """Return the fastest precision to train `model` in: its own on a GPU; on a CPU bf16 where it computes that.
+
+    Layers that are not adapted compute in the model's own precision, and need it of their inputs.
+    """
+    base: torch.dtype = model.dtype
+    if base != torch.float32 or next(model.parameters()).device.type != "cpu" or not _all_adapted(model):
         return base
     a, b = torch.randn(512, 512), torch.randn(512, 1024)
     return torch.bfloat16 if _seconds(a.bfloat16(), b.bfloat16()) < _seconds(a, b) / 1.3 else base
+
+
+def _all_adapted(model: Any) -> bool:
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    inside = {id(part) for module in adapted for part in module.modules()}
+    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    return all(id(module) in inside for module in linear)
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:

@@ -23,7 +23,7 @@ from overnight.distill.encoding import EncodedRow
 from overnight.distill.fused_blocks import fused_blocks
 from overnight.distill.fused_lora import FusedLora, fastest_products
 from overnight.distill.losses import pack_loss
-from overnight.distill.packed_attention import needs_masks, packed_attention, require_full_attention
+from overnight.distill.packed_attention import masks_for, packed_attention, require_full_attention
 from overnight.distill.packing import Pack, build_pack, pack_tokens, split
 from overnight.distill.recipe import LoraRecipe
 from overnight.store.errors import CampaignError, ProposerError
@@ -84,10 +84,10 @@ class LoraTraining:
         self._device = next(model.parameters()).device
         self._most_tokens = most_tokens
         self._checkpointing = False
-        self._masks = needs_masks(model)
-        dtype = product_dtype or fastest_products(self._device, model.dtype)
-        self._fused = FusedLora(model, adapter, dropout=recipe.dropout, dtype=dtype)
-        self._head = _head(model).to(dtype)
+        self._dtype = product_dtype or fastest_products(model)
+        self._masks = masks_for(model, self._dtype)
+        self._fused = FusedLora(model, adapter, dropout=recipe.dropout, dtype=self._dtype)
+        self._head = _head(model).to(self._dtype)
         vector = self._fused.vector
         self._optimizer = torch.optim.AdamW(
             [vector], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -130,7 +130,7 @@ class LoraTraining:
     def evaluate(self, rows: Sequence[EncodedRow]) -> float:
         """Return the mean loss over `rows` with the adapter as it is now, without dropout."""
         with self._training():
-            total = sum(float(pack_loss_of(self._model, self._head, pack)) for pack in self._packs(rows))
+            total = sum(float(self._loss(pack)) for pack in self._packs(rows))
         return total / len(rows)
 
     def _step(self, batch: Sequence[EncodedRow], number: int) -> Tensor:
@@ -153,10 +153,18 @@ class LoraTraining:
         total = torch.zeros((), device=self._device)
         for place, pack in enumerate(self._packs(batch)):
             self._fused.seed = (self._recipe.seed << 40) + (number << 16) + place
-            loss = pack_loss_of(self._model, self._head, pack) / len(batch)
+            loss = self._loss(pack) / len(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+    def _loss(self, pack: Pack) -> Tensor:
+        """Return the summed loss of a pack's rows."""
+        embedded = self._model.get_input_embeddings()(pack.ids).to(self._dtype)
+        output = self._model.get_decoder()(
+            inputs_embeds=embedded, position_ids=pack.positions, use_cache=False, pack=pack
+        )
+        return pack_loss(output.last_hidden_state[0], self._head, pack)
 
     def _packs(self, rows: Sequence[EncodedRow]) -> Iterator[Pack]:
         for some in split(rows, self._most_tokens):
@@ -194,12 +202,6 @@ class LoraTraining:
             self._model.eval()
             if self._checkpointing:
                 self._model.gradient_checkpointing_disable()
-
-
-def pack_loss_of(model: Any, head: Tensor, pack: Pack) -> Tensor:
-    """Return the summed loss of a pack's rows."""
-    output = model.get_decoder()(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack)
-    return pack_loss(output.last_hidden_state[0], head, pack)
 
 
 def batches(rows: Sequence[EncodedRow], recipe: LoraRecipe) -> list[list[list[EncodedRow]]]:

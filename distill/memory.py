@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from overnight.distill.fused_lora import SIBLINGS
 from overnight.store.errors import ProposerError
 from overnight.trainer.memory import GIB, free_memory
 
@@ -20,7 +21,7 @@ CONTEXT = int(0.75 * GIB)
 """What CUDA itself and its libraries hold beside the allocator: 0.5 to 0.7 GiB on an H100."""
 WORKING = 2 * GIB
 """Logits piece by piece, gradients and moments of the adapter, and what one layer's backward pass needs at once."""
-MARGIN = 1.1
+MARGIN = 1.05
 MOST_TOKENS = 1 << 16
 """Of a pack, whatever memory there is: places in a pack's activations are counted in 32 bits."""
 
@@ -79,15 +80,16 @@ class Allowance:
 
 
 def bytes_a_token(model: Any) -> int:
-    """Return about what one token keeps for the backward pass: the inputs and outputs of every adapted layer.
+    """Return about what one token keeps for the backward pass: what every linear layer makes, and what it is given.
 
-    It errs on the large side: layers that share an input keep it once.
+    Layers that share an input keep it once. Measured in Qwen2.5-3B's shape: 2.9 MB, where this says 3.3.
     """
-    config = model.config.get_text_config()
-    features = sum(
-        module.base_layer.in_features + module.base_layer.out_features
-        for module in model.modules()
-        if hasattr(module, "lora_A")
-    )
-    residuals = 4 * config.hidden_size * config.num_hidden_layers
-    return int((features + residuals) * model.dtype.itemsize)
+    features = 0
+    for parent in model.get_decoder().modules():
+        if hasattr(parent, "lora_A") or isinstance(parent, torch.nn.ModuleDict):
+            continue  # the parts of an adapted layer, which its parent counts
+        layers = {name: child for name, child in parent.named_children() if hasattr(child, "out_features")}
+        features += sum(layer.out_features for layer in layers.values())
+        shared = [name for names in SIBLINGS for name in names[1:] if names[0] in layers]
+        features += sum(layer.in_features for name, layer in layers.items() if name not in shared)
+    return int(features * model.dtype.itemsize)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,11 +42,11 @@ def require_full_attention(model: Any, purpose: str) -> None:
         )
 
 
-def needs_masks(model: Any) -> bool:
-    """Return whether packs for `model` need their masks: FlashAttention does without."""
+def masks_for(model: Any, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the precision of the masks that packs for `model` need, computed in `dtype`: FlashAttention needs none."""
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return not _flashes(next(model.parameters()).device, model.dtype, width)
+    return None if _flashes(next(model.parameters()).device, dtype, width) else dtype
 
 
 def _flashes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -86,24 +87,65 @@ def attend(
 
 
 def _by_row(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in (key, value))
     sizes = [pack.shared, *pack.own, *pack.trees]
     queries, keys, values = (torch.split(part, sizes, dim=2) for part in (query, key, value))
     rows = len(pack.own)
     outs: list[Tensor] = [queries[0]] * len(sizes)
     if pack.shared:
-        outs[0] = F.scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)
+        outs[0] = _masked(queries[0], keys[0], values[0], None, scale)
     for row in range(1, rows + 1):
         tree = row + rows
         q, k, v = (
             torch.cat([part[place] for place in places], dim=2)
             for part, places in ((queries, (row, tree)), (keys, (0, row, tree)), (values, (0, row, tree)))
         )
-        mask = pack.masks[row - 1].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = _masked(q, k, v, pack.masks[row - 1], scale)
         outs[row], outs[tree] = torch.split(out, [sizes[row], sizes[tree]], dim=2)
     return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return attention under a mask; None: causal."""
+    if mask is not None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        out: Tensor = _Products.apply(query[0], key[0], value[0], mask, scale)  # type: ignore[no-untyped-call]
+        return out[None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+class _Products(torch.autograd.Function):
+    """Attention under a mask by whole products: in bf16 on a CPU twice as fast as its fused kernel.
+
+    Queries are (heads, tokens, width), keys and values (key heads, keys, width). Weights are computed again in the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 the signature of autograd
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        query = query.reshape(key.shape[0], -1, query.shape[2])  # heads that share a key head stand one after another
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return torch.bmm(_weights(query, key, mask, scale), value).view(-1, mask.shape[0], query.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        grad = grad.reshape(query.shape)
+        weights = _weights(query, key, mask, ctx.scale)
+        of_value = torch.bmm(weights.transpose(1, 2), grad)
+        of_weights = torch.bmm(grad, value.transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+        of_query = torch.bmm(of_scores, key).view(-1, mask.shape[0], query.shape[2])
+        return of_query, torch.bmm(of_scores.transpose(1, 2), query), of_value, None, None
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
+    scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+    scores.view(-1, *mask.shape).add_(mask)
+    return scores.softmax(-1)
 
 
 class _Flash(torch.autograd.Function):
@@ -139,6 +181,7 @@ class _Flash(torch.autograd.Function):
         if pack.contexts is not None:
             parts += [(slice(ends, None), pack.contexts, False), (slice(ends, None), pack.chains, True)]
         query_grad = torch.empty_like(query)
+        no_dropout = _no_dropout(key.device)
         for number, (span, sequences, causal) in enumerate(parts):
             of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
                 grad[span].contiguous(),
@@ -153,8 +196,8 @@ class _Flash(torch.autograd.Function):
                 sequences.most_keys,
                 0.0,
                 causal,
-                _no_dropout(key.device),
-                _no_dropout(key.device),
+                no_dropout,
+                no_dropout,
                 scale=scale,
             )
             query_grad[span] = of_query if number < 2 else query_grad[span] + of_query
@@ -184,6 +227,7 @@ def _run(
     return out, lse
 
 
+@cache
 def _no_dropout(device: torch.device) -> Tensor:
-    """Return an empty state of the random generator: dropout in attention is off."""
+    """Return the state of a random generator that is not used."""
     return torch.zeros(2, dtype=torch.uint64, device=device)

@@ -116,10 +116,17 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def split(rows: Sequence[EncodedRow], most_tokens: int) -> Iterator[list[EncodedRow]]:
-    """Cut rows into packs of at most `most_tokens`, but of at least one row each."""
+    """Cut rows into packs of at most `most_tokens`, but of at least one row each, and of about as many rows."""
+    packs = list(_filled(rows, most_tokens, len(rows)))
+    # As few packs again, none fuller than need be: a last pack of one row would cost a shared part of its own.
+    evenly = list(_filled(rows, most_tokens, -(-len(rows) // max(1, len(packs)))))
+    yield from evenly if len(evenly) == len(packs) else packs
+
+
+def _filled(rows: Sequence[EncodedRow], most_tokens: int, most_rows: int) -> Iterator[list[EncodedRow]]:
     taken: list[EncodedRow] = []
     for row in rows:
-        if taken and pack_tokens([*taken, row]) > most_tokens:
+        if taken and (len(taken) == most_rows or pack_tokens([*taken, row]) > most_tokens):
             yield taken
             taken = []
         taken.append(row)
@@ -133,8 +140,8 @@ def pack_tokens(rows: Sequence[EncodedRow]) -> int:
     return shared + sum(row.tokens(shared) for row in rows)
 
 
-def build_pack(rows: Sequence[EncodedRow], *, masks: bool) -> Pack:
-    """Return the pack of at least one row, on the CPU, with each row's mask if wanted."""
+def build_pack(rows: Sequence[EncodedRow], *, masks: torch.dtype | None) -> Pack:
+    """Return the pack of at least one row, on the CPU, with each row's mask if a precision is given for it."""
     shared = shared_prefix([row.prompt for row in rows])
     chained = [row.is_chain for row in rows]
     rests = [len(row.prompt) - shared for row in rows]
@@ -176,7 +183,9 @@ def build_pack(rows: Sequence[EncodedRow], *, masks: bool) -> Pack:
         causal=_causal(shared, own, own_starts),
         contexts=_contexts(shared, own, own_starts, trees) if any(trees) else None,
         chains=_chains(rows, trees, tree_starts) if any(trees) else None,
-        masks=tuple(_mask(row, shared, *sizes) for row, *sizes in zip(rows, own, trees, strict=True)) if masks else (),
+        masks=tuple(_mask(row, shared, own, nodes, masks) for row, own, nodes in zip(rows, own, trees, strict=True))
+        if masks
+        else (),
     )
 
 
@@ -220,12 +229,12 @@ def _rectangle(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype).view(len(values), -1) if values else torch.empty((0, 1), dtype=dtype)
 
 
-def _mask(row: EncodedRow, shared: int, own: int, nodes: int) -> Tensor:
+def _mask(row: EncodedRow, shared: int, own: int, nodes: int, dtype: torch.dtype) -> Tensor:
     visible = torch.ones(own + nodes, shared + own + nodes, dtype=torch.bool)
     visible[:own, shared:].tril_()
     if nodes:
         visible[own:, shared + own :] = torch.from_numpy(row.tree.visible())
-    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def _causal(shared: int, own: Sequence[int], starts: Sequence[int]) -> Sequences:
