@@ -57,7 +57,7 @@ class Live:
     steps: int | None = None
     loss: float | None = None
     turn_s: float | None = None
-    """What a turn took in this run, the mean of the last ones."""
+    """What a turn took in this run, the mean of the last ones; before the first is over, what a trial took."""
     limits: Limits = Limits()
 
 
@@ -67,13 +67,19 @@ class _Pace:
 
     since: float | None = None
     turns: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_TURNS))
+    trials: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_TURNS))
 
-    def turn_over(self, now: float) -> float:
-        """Count a turn that ended now; return the mean of the last ones."""
+    def turn_over(self, now: float) -> None:
+        """Count a turn that ended now."""
         if self.since is not None:
             self.turns.append(now - self.since)
         self.since = now
-        return sum(self.turns) / len(self.turns) if self.turns else 0.0
+
+    @property
+    def turn_s(self) -> float | None:
+        """The mean of the last turns; before there is one, of the trials, which is the least that a turn takes."""
+        known = self.turns or self.trials
+        return sum(known) / len(known) if known else None
 
 
 class LiveFile:
@@ -112,10 +118,13 @@ class LiveFile:
             self._live = replace(self._live, at=now, step=event.step, steps=event.steps, loss=event.loss)
         elif (words := _words(event)) is not None:
             self._live = replace(self._live, at=now, doing=words, doing_since=now, step=None, steps=None, loss=None)
-        if isinstance(event, events.TurnStarted) and self._pace.since is None:
-            self._pace.since = now
-        elif isinstance(event, events.Decided):
-            self._live = replace(self._live, turn_s=self._pace.turn_over(now))
+        match event:
+            case events.TurnStarted() if self._pace.since is None:
+                self._pace.since = now
+            case events.TrialFinished():
+                self._pace.trials.append(event.wall_s)
+            case events.Decided():
+                self._pace.turn_over(now)
         self._changed.set()
 
     def _keep_writing(self) -> None:
@@ -123,7 +132,8 @@ class LiveFile:
             self._changed.wait()
             self._changed.clear()
             with suppress(OSError):  # a full disk is told about elsewhere
-                self._draft.write_text(json.dumps(asdict(replace(self._live, limits=self._limits()))))
+                now = replace(self._live, turn_s=self._pace.turn_s, limits=self._limits())
+                self._draft.write_text(json.dumps(asdict(now)))
                 self._draft.replace(self._path)
             self._ended.wait(EVERY_S)
 

@@ -122,7 +122,7 @@ def test_the_pace_is_the_mean_of_the_last_turns(tmp_path: Path, monkeypatch: pyt
         live.on_event(TrialStarted(campaign="c", iteration=turn, purpose="screening", number=1, of=5))
         now += 10.0 * turn
         live.on_event(Decided(campaign="c", iteration=turn, **decided))
-    assert live._live.turn_s == 20.0
+        assert live._pace.turn_s == 10.0 * (turn + 1) / 2
 
 
 SPENT = Spent(iterations=10, since_keep=4, trial_hours=0.5, energy_kwh=0.2)

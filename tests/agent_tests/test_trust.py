@@ -224,6 +224,9 @@ def test_allow_says_yes_once_and_for_all_of_this_file(tmp_path: Path) -> None:
     with (folder / "campaign.toml").open("a") as file:
         file.write("# one more line\n")
     assert open_wants(load_campaign(folder))
+    for command in (["run"], ["distill"], ["race"], ["rollback"], ["promote", "random"]):
+        words = [command[0], str(folder), *command[1:], "--db", str(tmp_path / "overnight.db")]
+        assert isinstance(CliRunner().invoke(cli, words).exception, NotAllowedError), command
 
 
 def test_a_permission_is_for_this_folder_alone(tmp_path: Path) -> None:
