@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -44,9 +45,17 @@ def distill_due(runtime: Runtime, state: CampaignState, iteration: int) -> Due:
     section = runtime.campaign.file.distill
     if iteration < 1 or iteration % section.every or challenger(runtime) is None:
         return "no"
-    if runtime.store.distilled_after(state.id, iteration):
+    if runtime.store.distilled_after(state.id, iteration) or not _in_time(runtime, state):
         return "no"
     return "due" if runtime.store.teaching_count(state.id) >= section.min_rows else "waiting"
+
+
+def _in_time(runtime: Runtime, state: CampaignState) -> bool:
+    """Say whether a distillation would be over before `budget.until`, if it takes what the last one took."""
+    if runtime.deadline is None:
+        return True
+    last = runtime.store.last_distillation(state.id)
+    return runtime.clock() + (last.wall_s or 0.0 if last is not None else 0.0) < runtime.deadline
 
 
 def say_waiting(runtime: Runtime, state: CampaignState, iteration: int) -> None:
@@ -261,17 +270,22 @@ def adapter_folder(store: TrajectoryStore, campaign: str, version: int) -> Path:
 def forget_cut_off(store: TrajectoryStore, state: CampaignState, corpus: Corpus) -> None:
     """Remove what a training left that was killed before its row: unfinished files, or an adapter of this very corpus.
 
-    Any other adapter without a row stays: the store may be an older copy.
+    Any other adapter without a row stays: the store may be an older copy, or another one may lie beside it.
     """
     folder = adapter_folder(store, state.name, 1).parent
     sweep_unfinished(folder)
     recorded = {each.version for each in store.distillations(state.id)}
+    last = store.last_attempt(state.id)
     for entry in folder.glob("v*"):
         match = _VERSION.fullmatch(entry.name)
         if match is None or int(match[1]) in recorded:
             continue
         with suppress(CampaignError):  # no whole adapter: not ours to judge
-            if read_record(entry).facts.get("corpus_sha256") == corpus.sha256:
+            record = read_record(entry)
+            is_later = last is not None and datetime.fromisoformat(record.created_at) > datetime.fromisoformat(
+                last.started_at
+            )
+            if is_later and record.facts.get("corpus_sha256") == corpus.sha256:
                 shutil.rmtree(entry)
 
 

@@ -120,7 +120,7 @@ def train_adapter(
             peak_memory_gib=peak,
             device=_device_name(loaded.device),
             versions={library: version(library) for library in LIBRARIES},
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
     def write(folder: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from overnight.agent import events
 from overnight.agent.campaign import Campaign
 from overnight.agent.cli.learning_lines import learning_state, time_left
-from overnight.agent.distilling import adapter_folder, next_version, prune
+from overnight.agent.distilling import adapter_folder, distill_due, next_version, prune
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.distill.adapter import read_record
@@ -311,3 +311,27 @@ def test_a_version_is_never_given_twice(tmp_path: Path, store: SqlStore, tiny_mo
 
 def test_time_left_reads_like_a_clock() -> None:
     assert [time_left(seconds) for seconds in (0.2, 65, 600)] == ["0:00", "1:05", "10:00"]
+
+
+def test_an_adapter_of_a_database_beside_this_one_stays(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, host: ModelHost
+) -> None:
+    live(learning(tmp_path, tiny_model), store, host)
+    beside = SqlStore.open(tmp_path / "beside.db", create=True)
+    live(learning(tmp_path, tiny_model), beside, host)
+    first, second = distillations(store)[0], distillations(beside)[0]
+    assert first.corpus_hash == second.corpus_hash
+    assert (first.version, second.version) == (1, 2)
+    assert sorted(entry.name for entry in (tmp_path / "adapters" / "c").glob("v*")) == ["v1", "v2"]
+    beside.close()
+
+
+def test_no_distillation_begins_that_would_outlast_the_night(tmp_path: Path, store: SqlStore, tiny_model: Path) -> None:
+    versions = Versions(tmp_path, store, tiny_model)
+    versions.runtime.campaign = learning(tmp_path, tiny_model, min_rows=1, every=5)
+    versions.add()  # which took 1 s
+    now = 1_000.0
+    versions.runtime.clock = lambda: now
+    assert distill_due(versions.runtime, versions.state, 5) == "waiting"
+    versions.runtime.deadline = now + 0.5
+    assert distill_due(versions.runtime, versions.state, 5) == "no"
