@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -86,12 +86,13 @@ class LiveFile:
     """A consumer of the event stream; open while the campaign runs."""
 
     def __init__(self, path: Path, limits: Callable[[], Limits] = Limits) -> None:
-        now = clock.time()
         self._path = path
         self._draft = path.with_name(f"{path.name}.part")
         self._limits = limits
         self._pace = _Pace()
-        self._live = Live(owner=this_process(), started=now, at=now, doing_since=now)
+        self._owner, self._started = this_process(), clock.time()
+        self._doing, self._since = "starting", self._started
+        self._step: events.TrialStepped | None = None
         self._changed = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="overnight-live", daemon=True)
@@ -113,11 +114,16 @@ class LiveFile:
 
     def on_event(self, event: events.Event) -> None:
         """Take an event in; the file follows within a second."""
-        now = clock.time()
-        if isinstance(event, events.TrialStepped):
-            self._live = replace(self._live, at=now, step=event.step, steps=event.steps, loss=event.loss)
-        elif (words := _words(event)) is not None:
-            self._live = replace(self._live, at=now, doing=words, doing_since=now, step=None, steps=None, loss=None)
+        if isinstance(event, events.TrialStepped):  # there are thousands of them: keep it, and no more
+            self._step = event
+        else:
+            self._take(event, clock.time())
+        self._changed.set()
+
+    def _take(self, event: events.Event, now: float) -> None:
+        words = _words(event)
+        if words is not None:
+            self._doing, self._since, self._step = words, now, None
         match event:
             case events.TurnStarted() if self._pace.since is None:
                 self._pace.since = now
@@ -125,15 +131,28 @@ class LiveFile:
                 self._pace.trials.append(event.wall_s)
             case events.Decided():
                 self._pace.turn_over(now)
-        self._changed.set()
+
+    def _live(self) -> Live:
+        step = self._step
+        return Live(
+            owner=self._owner,
+            started=self._started,
+            at=clock.time(),
+            doing=self._doing,
+            doing_since=self._since,
+            step=step.step if step else None,
+            steps=step.steps if step else None,
+            loss=step.loss if step else None,
+            turn_s=self._pace.turn_s,
+            limits=self._limits(),
+        )
 
     def _keep_writing(self) -> None:
         while not self._ended.is_set():
             self._changed.wait()
             self._changed.clear()
             with suppress(OSError):  # a full disk is told about elsewhere
-                now = replace(self._live, turn_s=self._pace.turn_s, limits=self._limits())
-                self._draft.write_text(json.dumps(asdict(now)))
+                self._draft.write_text(json.dumps(asdict(self._live())))
                 self._draft.replace(self._path)
             self._ended.wait(EVERY_S)
 

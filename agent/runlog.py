@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from structlog.typing import EventDict, WrappedLogger
 
 MAX_BYTES = 16 * 2**20
+"""A file is full when it has come to this: it may be a line larger."""
 BACKUPS = 3
 """A turn takes about 2 KiB: some 30,000 turns are there before the oldest goes."""
 MIN_SECRET = 6
@@ -116,6 +117,10 @@ class RunLog:
 
 class _QuietFile(RotatingFileHandler):
     """Says nothing where it cannot write: a full disk is told about elsewhere."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
+        """Look at what is written; the standard look formats the record once more."""
+        return self.stream is not None and self.stream.seekable() and self.stream.tell() >= self.maxBytes
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the line."""
