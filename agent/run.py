@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
     from langgraph.checkpoint.base import BaseCheckpointSaver
     from langgraph.graph.state import CompiledStateGraph
+    from langgraph.types import Durability
 
     from overnight.agent.state import TurnInput, TurnOutput, TurnState
 
@@ -296,7 +297,7 @@ def _turn(
     config: RunnableConfig = {"configurable": {"thread_id": runtime.name}}
     if saver is not None:
         saver.delete_thread(runtime.name)  # old positions tell nothing that the store does not
-    durability = "exit" if saver else None
+    durability: Durability | None = "exit" if saver else None
     output = graph.invoke({"campaign": runtime.name}, config, durability=durability)
     while "__interrupt__" in output:
         with runtime.waiting():
