@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ Script = Sequence[Reply] | Callable[[Ask], Reply]
 class ScriptedProposer:
     """Answers from a list, over and over from its start, or with whatever a function makes of the ask.
 
-    Its place in the list lives in memory: a new instance begins at the first reply.
+    Its place in the list lives in memory: a new instance begins at the first reply, unless replies are drawn.
     """
 
     class Settings(ProposerSettings):
@@ -29,6 +29,8 @@ class ScriptedProposer:
 
         replies: Annotated[list[str], Field(min_length=1)]
         """The replies, in order; after the last comes the first again."""
+        order: Literal["listed", "drawn"] = "listed"
+        """`drawn`: the turn picks the reply, so that a resumed campaign hears what an undisturbed one would."""
 
     def __init__(self, name: str, script: Script) -> None:
         self.name = name
@@ -45,7 +47,9 @@ class ScriptedProposer:
         Raises:
             CampaignError: `replies` is missing or empty, or a key is unknown.
         """
-        return cls(name, cls.Settings.parse(name, settings).replies)
+        parsed = cls.Settings.parse(name, settings)
+        replies = parsed.replies
+        return cls(name, replies if parsed.order == "listed" else lambda ask: replies[ask.seed % len(replies)])
 
     def propose(self, ask: Ask) -> Answer:
         """Answer with the script's next reply.

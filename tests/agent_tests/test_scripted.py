@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.proposers.protocol import Ask, ProposerContext, reply_text
 from overnight.agent.proposers.scripted import ScriptedProposer
-from overnight.agent.proposers.testing import ProposerConformance, example_ask
+from overnight.agent.proposers.testing import ProposerConformance, example_ask, example_menu
 from overnight.store.errors import ProposerError
 
 
@@ -43,3 +45,11 @@ def test_asks_are_kept_for_the_test_to_look_at():
     proposer = ScriptedProposer("scripted", ["a"])
     proposer.propose(example_ask(seed=5))
     assert [ask.seed for ask in proposer.asks] == [5]
+
+
+def test_a_drawn_reply_depends_on_the_ask_alone():
+    settings = {"replies": [str(number) for number in range(100)], "order": "drawn"}
+    context = ProposerContext(campaign_dir=Path(), cache_dir=Path(), menu=example_menu())
+    first, resumed = (ScriptedProposer.from_settings("s", settings, context) for _ in range(2))
+    first.propose(example_ask(seed=3))
+    assert first.propose(example_ask(seed=4)).reply == resumed.propose(example_ask(seed=4)).reply
