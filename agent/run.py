@@ -106,7 +106,7 @@ def open_runtime(
         campaign=campaign,
         store=store,
         trainer=trainer,
-        proposers=proposers if proposers is not None else proposers_of(campaign),
+        proposers=proposers if proposers is not None else proposers_of(campaign, heartbeat),
         extra_rails=[*rails_of(campaign), *rails],
         hooks=hooks,
         deadline=deadline_of(campaign, store, clock.time()),
@@ -116,15 +116,15 @@ def open_runtime(
     return runtime
 
 
-def proposers_of(campaign: Campaign) -> dict[str, Proposer]:
-    """Build the campaign's proposers.
+def proposers_of(campaign: Campaign, idle: Callable[[], None] = lambda: None) -> dict[str, Proposer]:
+    """Build the campaign's proposers; `idle` is called about every second while one of them makes the campaign wait.
 
     Raises:
         CampaignError: a kind is not installed, or a setting is wrong; the message names file and key.
         NotAllowedError: a plugin, a path or a key that nobody has allowed the file.
     """
     require(campaign, "proposers")
-    context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu)
+    context = ProposerContext(campaign_dir=campaign.folder, cache_dir=cache_folder(), menu=campaign.menu, idle=idle)
     try:
         return build_proposers(campaign.file.proposers, context)
     except CampaignError as error:

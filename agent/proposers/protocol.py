@@ -6,7 +6,7 @@ too, so that one gate judges them all and their turns teach a student alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
@@ -138,6 +138,8 @@ class ProposerContext:
     """For each endpoint, the adapter that each proposer answers with there."""
     hosts: dict[str, ModelHost] = field(default_factory=dict)
     """One model host for each base model and device, shared by the proposers that use it."""
+    idle: Callable[[], None] = lambda: None
+    """Called about every second while a model loads or answers: renews the campaign's lease."""
 
 
 class ProposerSettings(BaseModel):

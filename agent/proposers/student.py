@@ -189,7 +189,7 @@ def _host_key(base: BaseModel, device: str) -> str:
 
 
 def _host(base: BaseModel, device: str, context: ProposerContext) -> ModelHost:
-    return ModelHost(base, context.cache_dir, device=device)
+    return ModelHost(base, context.cache_dir, device=device, idle=context.idle)
 
 
 def _adapter(name: str, folder: str | None, context: ProposerContext) -> Path | None:
