@@ -196,7 +196,7 @@ def _places(custom: Mapping[str, CustomNode]) -> dict[StageName, CustomNode]:
 
 def _enter(visitor: Visitor, after: frozenset[StageName], state: TurnState) -> Route:
     """Go on where the store says."""
-    visitor.check_open()
+    visitor.enter()
     runtime = visitor.runtime
     if state["campaign"] != runtime.name:
         raise InputError(f"this graph runs campaign `{runtime.name}`, not `{state['campaign']}`; build one for that")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from overnight.agent.budget import is_over
+from overnight.agent.deadline import deadline_of
 from overnight.agent.nodes import next_stage
 from overnight.agent.run import go_on, stand_still
 from overnight.agent.runtime import Runtime
@@ -46,7 +47,7 @@ class Visitor:
             InputError: the graph was closed.
         """
         with self._lock:
-            self.check_open()
+            self.enter()
             try:
                 update = self._visit(name, node, state)
             except BaseException:
@@ -82,14 +83,17 @@ class Visitor:
         """Return what an invocation gives back that decided no turn: a checkpointer may remember an earlier one."""
         return {"attempt_id": None, "outcome": None, "best": best_metric(self.runtime), "stop_reason": None}
 
-    def check_open(self) -> None:
-        """Refuse to go on after `close`.
+    def enter(self) -> None:
+        """Look at the clock where an invocation begins: a host may live for days, and `budget.until` comes every day.
 
         Raises:
             InputError: the graph was closed.
         """
+        runtime = self.runtime
         if self.closed:
-            raise InputError(f"the graph of campaign `{self.runtime.name}` was closed; build another to go on")
+            raise InputError(f"the graph of campaign `{runtime.name}` was closed; build another to go on")
+        if not self._running:
+            runtime.deadline = deadline_of(runtime.campaign, runtime.store, runtime.clock())
 
     def _rest(self) -> None:
         if self.embedded:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,6 +23,7 @@ from langgraph.graph import END, START, StateGraph
 from overnight.agent.graph import NODES, TurnGraph, build_graph
 from overnight.agent.proposers.protocol import Ask
 from overnight.agent.state import TurnState, TurnUpdate
+from overnight.store.clock import running_on
 from overnight.store.errors import InputError, ProposerError, TrainerError
 from overnight.store.protocol import MAX_TRIES
 from overnight.store.records import TrialRequest, TrialResult
@@ -30,6 +32,8 @@ from overnight.trainer.protocol import Report
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
 from .campaigns import campaign, proposing, runtime, scripted
+from .clocks import START as EVENING
+from .clocks import FakeClock, TimedTrainer
 
 LIMIT = 25
 """LangGraph's own default for a host's graph."""
@@ -476,3 +480,20 @@ def test_what_only_the_lease_holder_may_rely_on_is_forgotten_with_the_lease(tmp_
     assert (held.lease, held.trials, held.own_trials, held.state().refinement) == (None, {}, {}, 7)
     held.close()
     other.close()
+
+
+def test_a_host_that_lives_for_days_goes_on_the_next_evening(tmp_path: Path, store: SqlStore) -> None:
+    clock = FakeClock()
+    with running_on(clock):
+        until = datetime.fromtimestamp(EVENING + 3600).strftime("%H:%M")
+        of = campaign(tmp_path, budget={"iterations": 9, "until": until})
+        trainer = TimedTrainer(ScriptedSettings.model_validate(of.file.trainer), metric="loss")
+        trainer.clock = clock
+        app = build_graph(
+            of, store=store, trainer=trainer, proposers=scripted(("b", 3), ("b", 9), ("a", 0.25))
+        ).compile()
+        assert app.invoke({"campaign": "c"})["outcome"] == "kept"
+        clock.now += 2 * 3600
+        assert app.invoke({"campaign": "c"})["stop_reason"] == "until"
+        clock.now += 3600
+        assert app.invoke({"campaign": "c"})["outcome"] == "reverted"
