@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, Self
 
 import click
@@ -15,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from overnight.agent import events
+from overnight.agent import contest_events, events
 from overnight.agent.campaign import Campaign
 from overnight.agent.cli.contest_lines import describe_contest
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar
@@ -44,6 +46,10 @@ class ProgressHook(Protocol):
 
     def on_signal(self, name: str) -> None:
         """Say that a signal was heard."""
+        ...
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Leave the terminal to a question, inside the block."""
         ...
 
 
@@ -126,6 +132,10 @@ class PlainLines:
         """Say that the run stops soon."""
         click.echo(f"{name}: {_PAUSING.get(name, 'pausing after the current trial')}", err=True)
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """Nothing is redrawn."""
+        return nullcontext()
+
 
 class LivePanel:
     """A panel that is redrawn in place: turn, trial, best so far, last decisions."""
@@ -154,9 +164,22 @@ class LivePanel:
         """Say that the run stops soon."""
         self._note = f"{name}: {_PAUSING.get(name, 'pausing after the current trial')}; again to stop at once"
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Take the panel away while somebody is asked."""
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start()
+
     def on_event(self, event: events.Event) -> None:
         """Take the event into the panel; lines that stay are printed above it."""
         match event:
+            case contest_events.RaceStarted():
+                self._stage, self._trial = f"looking back over {event.items} turns", None
+            case contest_events.RaceStepped():
+                self._stage = f"looking back: {event.done} of {event.items} turns"
             case events.TrialStarted():
                 self._trial, self._step, self._stage = event, None, event.purpose
             case events.TrialStepped():

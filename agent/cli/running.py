@@ -41,6 +41,7 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
     """
     from overnight.agent.budget import is_over
     from overnight.agent.cli.progress import progress_hook
+    from overnight.agent.cli.questions import person
     from overnight.agent.cli.watching import Watchers
     from overnight.agent.deadline import next_until
     from overnight.agent.run import open_runtime, run_campaign
@@ -60,6 +61,7 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
         watchers = Watchers(loaded, db)
         runtime = open_runtime(loaded, store, hooks=[hook, *watchers.hooks])
         watchers.watch(runtime)
+        runtime.ask_person = person(hook.quiet)
         runtime.iterations = iterations
         runtime.until = None if until is None else next_until(until, clock.time())
         try:
