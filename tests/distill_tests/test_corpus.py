@@ -132,6 +132,28 @@ def test_a_held_out_target_knows_what_came_later(chronicle: Chronicle) -> None:
     assert chance['{"knob": "a", "new_value": 0.125,'] < 0.1 / len(chance)
 
 
+@pytest.mark.parametrize("skip", [[], ["R6_novelty"]])
+def test_what_was_measured_is_open_again_only_where_repeats_are_allowed(
+    tmp_path: Path, store: SqlStore, skip: list[str]
+) -> None:
+    chronicle = Chronicle(store, small_campaign(tmp_path, rails={"skip": skip}))
+    chronicle.turn("b", 2)
+    chronicle.turn("b", 3, None, failure="nan")
+    chronicle.turn("c", "y", 0.1, outcome="kept")
+    chronicle.turn("b", 2)
+    chronicle.turn("a", 0.0)
+    first, second, third, fourth = (set(row.candidates) for row in corpus_of(chronicle, holdout=1).rows)
+    two, three, x = (
+        '{"knob": "b", "new_value": 2,',
+        '{"knob": "b", "new_value": 3,',
+        '{"knob": "c", "new_value": "x",',
+    )
+    assert {two, three} <= first
+    assert (two in second, two in third, three in third) == ((bool(skip),) * 3)
+    assert {two, three} <= fourth  # the configuration is another one
+    assert (x in fourth) == bool(skip)  # this would be the first one again
+
+
 def test_harness_failures_and_strange_changes_are_counted_and_left_out(chronicle: Chronicle) -> None:
     chronicle.turn("a", 0.125)
     chronicle.turn("a", 0.25, None, failure="harness")
