@@ -159,13 +159,14 @@ class RouterSection(Section):
     """`duels`: both propose, both are measured; `heldout`: promote on the looking-back score alone (docs/promotion.md
     says what that costs)."""
     duel_share: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Share of turns, drawn beforehand, on which champion and challenger both answer and both are measured."""
+    """Share of turns, drawn beforehand, that begin a duel: champion and challenger answer one prompt in two turns in a
+    row, and both are measured. From 0.5 on all turns are duels."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Chance, over the campaign's life, of promoting a proposer that is no better."""
     max_latency_s: Annotated[float, Field(gt=0)] = 5.0
     """A challenger whose proposals take longer (95th percentile) is not promoted."""
     inherit: str = ""
-    """Another campaign of this store whose champion's adapter the challenger starts from."""
+    """Another campaign of this store whose champion's adapter the challenger has until it is distilled here."""
     ask: bool = False
     """Whether a person is asked before a promotion."""
 
