@@ -112,6 +112,7 @@ def run_trial(
         seed=seed,
         replicate=replicate,
         result=result,
+        ended_at=clock.utc_text(clock.time()),
     )
     _tell_faults(runtime, result, iteration)
     _commit(runtime, config, new)

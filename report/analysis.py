@@ -18,6 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from overnight.report.hours import Hours, read_hours
 from overnight.report.races import RaceItems, read_items
 from overnight.store.database import snapshot
 from overnight.store.errors import InputError
@@ -142,6 +143,8 @@ class Analysis:
     """What `holdout_measured` said, or `{"reason": ...}` where it was skipped."""
     campaign: Row
     """Its row of `campaigns`."""
+    hours: Hours | None
+    """Where the time went; None for an imported trajectory."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -352,6 +355,7 @@ def analyse(store: SqlStore, campaign: str) -> Analysis:
             baseline_metric=_baseline_metric(connection, row["id"], baseline_id, turns),
             holdout=_holdout(connection, campaign),
             campaign=row,
+            hours=read_hours(connection, row["id"]),
         )
 
 

@@ -42,6 +42,7 @@ def render_report(found: Analysis) -> str:
         kept=_kept(found),
         last=list(reversed(found.turns[-LAST_TURNS:])),
         seconds=duration,
+        clock_time=clock_time,
     )
 
 
@@ -137,6 +138,12 @@ def short(value: Any) -> str:
     """Return a text cut to what a table bears."""
     text = "" if value is None else str(value)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a length of time as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _gain(found: Analysis, gain: float | None) -> str:

@@ -158,6 +158,8 @@ class NewTrial:
     seed: int
     replicate: int
     result: TrialResult
+    ended_at: str | None = None
+    """When it ended, where that is not now: a full disk may have kept it waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

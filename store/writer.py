@@ -170,7 +170,7 @@ class SqlWriter(SqlLearningWrites, SqlContestWrites):
             peak_memory_gib=result.peak_memory_gib,
             energy_wh=None if result.energy_j is None else result.energy_j / 3600,
             energy_source=result.energy_source,
-            ended_at=utc_now(),
+            ended_at=new.ended_at or utc_now(),
         )
         if inserted:
             self._campaign(
