@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from overnight.agent import events, faults
 from overnight.agent.proposers.breaker import Breaker
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.run import HARNESS_IN_A_ROW, open_runtime, run_campaign
 from overnight.agent.runtime import Runtime
 from overnight.store.clock import running_on
@@ -214,6 +216,36 @@ def test_a_proposer_that_never_worked_is_told_at_once(tmp_path: Path, store: Sql
     with pytest.raises(CampaignError, match="not there"):
         run_campaign(running)
     running.close()
+
+
+def test_a_model_folder_that_disappears_is_as_good_as_away_until_it_is_back(
+    tmp_path: Path, store: SqlStore, tiny_model: Path
+) -> None:
+    folder, aside = tmp_path / "model", tmp_path / "aside"
+    shutil.copytree(tiny_model, folder)
+    of = campaign(
+        tmp_path,
+        budget={"iterations": 4},
+        proposers={"random": {"kind": "random"}, "student": {"kind": "student", "base_model": str(folder)}},
+        router={"champion": "student"},
+    )
+
+    class Moves(Recorder):
+        def on_event(self, event: events.Event) -> None:
+            if isinstance(event, events.Decided) and event.iteration == 1:
+                folder.rename(aside)
+                student = running.proposers["student"]
+                assert isinstance(student, StudentProposer)
+                student.host.close()  # whatever ended it: the model has to be loaded again
+            if isinstance(event, events.Decided) and event.iteration == 3:
+                aside.rename(folder)
+
+    running = runtime(replace(of, allowed=True), store, hooks=[Moves()])
+    assert run_campaign(running).finished
+    running.close()
+    assert recorded(store) == [("fault", "proposer:student"), ("fault_over", "proposer:student")]
+    decided = "SELECT iteration, role FROM attempts WHERE outcome IN ('kept', 'reverted') ORDER BY iteration"
+    assert rows(store, decided) == [(1, "champion"), (2, "fallback"), (3, "fallback"), (4, "champion")]
 
 
 # A worker that vanishes, a GPU without memory
