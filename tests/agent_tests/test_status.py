@@ -75,12 +75,17 @@ def test_a_killed_run_says_nothing_of_the_present(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.live.json*"))
 
 
-def test_status_of_a_paused_campaign_makes_no_file(tmp_path: Path) -> None:
+def test_status_of_a_paused_campaign_makes_no_file_and_needs_no_right_to_write(tmp_path: Path) -> None:
     write(tmp_path / "mine", budget={"iterations": 4})
     overnight("run", "mine", "--iterations", "1", cwd=tmp_path)
     before = contents(tmp_path)
     assert row(tmp_path)["status"] == "paused"
     assert contents(tmp_path) == before
+    os.chmod(tmp_path / "overnight.db", 0o444)
+    writer = sqlite3.connect(tmp_path / "overnight.db")  # keeps the log open as a run does
+    writer.execute("SELECT count(*) FROM trials").fetchone()
+    assert row(tmp_path)["turn"] == 1
+    writer.close()
 
 
 def test_the_file_follows_the_events_at_most_once_a_second(tmp_path: Path) -> None:
@@ -156,13 +161,3 @@ def test_files_lie_beside_the_store_or_here_for_a_server() -> None:
     assert str(beside("runs/a.db", "c", "log")) == "runs/a.db.c.log"
     assert str(beside("sqlite:////x/a.db", "c", "log")) == "/x/a.db.c.log"
     assert str(beside("postgresql://me:secret@host/db", "c", "log")) == "overnight.c.log"
-
-
-def test_status_never_opens_the_database_for_writing(tmp_path: Path) -> None:
-    write(tmp_path / "mine", budget={"iterations": 1})
-    overnight("run", "mine", cwd=tmp_path)
-    os.chmod(tmp_path / "overnight.db", 0o444)
-    writer = sqlite3.connect(tmp_path / "overnight.db")  # keeps the log open as a run does
-    writer.execute("SELECT count(*) FROM trials").fetchone()
-    assert row(tmp_path)["turn"] == 1
-    writer.close()
