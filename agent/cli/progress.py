@@ -93,13 +93,18 @@ def describe(event: events.Event, campaign: Campaign) -> str | None:
             return f"locked holdout: {event.reason}"
         case events.Finished():
             return f"finished after {event.iterations} turns: {event.why or event.stop_reason}"
+    return _describe_fault(event) or describe_learning(event) or describe_contest(event)
+
+
+def _describe_fault(event: events.Event) -> str | None:
+    match event:
         case events.Fault():
             return f"{'waiting: ' if event.waits else ''}{event.what}: {event.detail}"
         case events.FaultOver():
             return f"{event.what} works again after {event.wall_s:.0f} s"
         case events.TrialDropped():
             return f"dropped a trial after {event.wall_s:.0f} s ({event.reason}); it is run again"
-    return describe_learning(event) or describe_contest(event)
+    return None
 
 
 def decision_text(event: events.Decided, campaign: Campaign) -> str:
