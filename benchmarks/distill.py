@@ -118,11 +118,13 @@ def run(options: argparse.Namespace) -> None:
     truth = Knowledge(everything, store.screening_sums(state.id), campaign.menu)
     judged = with_distill(campaign, objective="outcome")
     turns = held_out(build_corpus(store, state, frame, corpus_settings(judged), through=options.turns), truth)
-    host = ModelHost(find_base("smollm2-135m", Path()), cache_folder(), device="cpu")
     common = {"campaign": options.campaign, "turns": options.turns, "held_out": len(turns)}
     uniform = [[1 / len(turn.changes)] * len(turn.changes) for turn in turns]
     tell(**common, objective="uniform", seed=None, **judge(uniform, turns))
     tell(**common, objective="target", seed=None, **judge([turn.target for turn in turns], turns))
+    if options.no_model:
+        return
+    host = ModelHost(find_base("smollm2-135m", Path()), cache_folder(), device="cpu")
     tell(**common, objective="zero-shot", seed=None, **judge(asked(host, turns, None), turns))
     with tempfile.TemporaryDirectory() as place:
         for seed in range(options.seeds):
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=int)
     parser.add_argument("--augment", default="permute,subsample,synthetic")
     parser.add_argument("--objectives", nargs="+", default=["outcome", "clone"])
+    parser.add_argument("--no-model", action="store_true", help="only what the targets themselves are worth")
     parser.add_argument("--summary", type=Path)
     options = parser.parse_args()
     if options.summary is not None:
