@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -49,9 +50,18 @@ class HostState(TypedDict, total=False):
     note: str
 
 
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store, made once: migrating is most of what a test here would take."""
+    path = tmp_path_factory.mktemp("new") / "store.db"
+    with SqlStore.open(path, create=True):
+        return path
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqlStore]:
-    with SqlStore.open(tmp_path / "store.db", create=True) as store:
+def store(tmp_path: Path, new_database: Path) -> Iterator[SqlStore]:
+    shutil.copy(new_database, tmp_path / "store.db")
+    with SqlStore.open(tmp_path / "store.db") as store:
         yield store
 
 
