@@ -8,7 +8,6 @@ belongs to.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -170,8 +169,8 @@ class Runtime:
 
     def renew(self) -> None:
         """Show that this writer is alive, every 20 s; a disk that refuses it is the next write's concern."""
-        now = time.monotonic()
-        if self.lease is None or now - self._renewed_at <= RENEW_EVERY_S:
+        now = clock.time()
+        if self.lease is None or 0 <= now - self._renewed_at <= RENEW_EVERY_S:
             return
         with suppress(StorageFaultError):
             self.store.renew(self.lease)

@@ -42,7 +42,7 @@ SEEDS = 10
 """Different small campaigns; each run takes one in turn."""
 AGAIN = 0.5
 """Chance that a run that was killed is killed once more."""
-LIMIT_S = 600.0
+LIMIT_S = 3600.0
 GONE_S = 15.0
 """The guard kills for ten seconds at most."""
 
@@ -86,10 +86,10 @@ def real_campaign(seed: int) -> dict[str, Any]:
     """Return the quickstart, shortened to a warm-up, a few turns and one distillation with its race."""
     spec = json.loads(json.dumps(load_campaign("quickstart").spec()))
     spec["campaign"] |= {"seed": seed, "brief": None}
-    spec["budget"] |= {"iterations": 11}
+    spec["budget"] |= {"iterations": 8}
     spec["trainer"] |= {"steps": 20, "val_tokens": 8192}
     spec["router"] |= {"champion": "random", "challenger": "student", "duel_share": 0.3, "max_latency_s": 600.0}
-    spec["distill"] |= {"every": 8, "min_rows": 6, "min_knobs": 2, "min_pairs": 4, "max_share": 1.0, "holdout": 2}
+    spec["distill"] |= {"every": 6, "min_rows": 4, "min_knobs": 2, "min_pairs": 3, "max_share": 1.0, "holdout": 2}
     spec["distill"] |= {"epochs": 1, "batch": 4, "accumulation": 1}
     return without_none(spec)
 
@@ -191,14 +191,15 @@ def undisturbed(folder: Path, campaign: Mapping[str, Any]) -> Calm:
 
 def disturbed(folder: Path, campaign: Mapping[str, Any], calm: Calm, draw: random.Random) -> dict[str, Any]:
     """Kill at random moments and resume until done; return what differs from the calm run."""
-    place = Place(folder)
-    place.make(campaign)
     orphans: list[str] = []
-    while not place.kills or draw.random() < AGAIN:
-        was_running = place.run_until(draw.uniform(0.0, calm.seconds))
+    place = Place(folder)
+    while not place.kills:  # a run that ended before its moment came begins anew
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        place.make(campaign)
+        place.run_until(draw.uniform(0.0, calm.seconds))
         orphans += place.orphans()
-        if not was_running:
-            break
+    while draw.random() < AGAIN and place.run_until(draw.uniform(0.0, calm.seconds)):
+        orphans += place.orphans()
     place.run()
     orphans += place.orphans()
     history, files = place.history(), place.files()
