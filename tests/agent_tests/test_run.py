@@ -295,13 +295,14 @@ def test_a_harness_that_fails_on_the_baseline_is_a_fault_outside(tmp_path: Path,
         run(campaign(tmp_path, trainer={"faults": {"b=1": "harness"}}), store)
 
 
-@pytest.mark.parametrize(("options", "kind"), [({}, "exact"), ({"unseeded": True}, "unseeded")])
-def test_calibration_tells_what_kind_of_trainer_it_is(
-    tmp_path: Path, store: SqlStore, options: dict[str, Any], kind: str
+# One repeat cannot always tell an unseeded trainer from a noisy one (`classify` says so): both are not exact.
+@pytest.mark.parametrize(("options", "kinds"), [({}, {"exact"}), ({"unseeded": True}, {"unseeded", "noisy"})])
+def test_calibration_tells_whether_a_seed_repeats(
+    tmp_path: Path, store: SqlStore, options: dict[str, Any], kinds: set[str]
 ) -> None:
     recorder = Recorder()
     run(campaign(tmp_path, trainer=options, budget={"iterations": 1}), store, hooks=[recorder])
-    assert recorder.of(events.Calibrated)[0].trainer_kind == kind
+    assert recorder.of(events.Calibrated)[0].trainer_kind in kinds
 
 
 def test_a_changed_frozen_key_is_refused_by_name(tmp_path: Path, store: SqlStore) -> None:
