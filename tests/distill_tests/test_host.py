@@ -107,7 +107,7 @@ def test_past_its_deadline_it_is_killed_and_the_next_question_finds_a_fresh_one(
     host.load()
     old = host.pid
     with pytest.raises(ProposerError, match="deadline_s") as raised:
-        host.score("x", CANDIDATES, deadline_s=1e-4)
+        host.score("x " * 400, CANDIDATES, deadline_s=1e-4)
     assert raised.value.failure == "llm_timeout"
     assert not psutil.pid_exists(old)
     assert len(scores(host)) == len(CANDIDATES)
