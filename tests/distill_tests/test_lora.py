@@ -86,7 +86,7 @@ def test_a_pack_of_the_bundled_model_gives_what_its_rows_give_one_by_one():
     base = find_base("smollm2-135m", Path())
     loaded = load_base(base, cache_dir=cache_folder(), device=CPU)
     lessons.with_adapter(loaded.model, spread=0.05)
-    rows = [*lessons.clone_rows(1), *lessons.outcome_rows(2, most=4)]
+    rows = [*lessons.clone_rows(1), *lessons.outcome_rows(2, most=8)]
     agree(packed(loaded, rows), plain(loaded, rows))
 
 
