@@ -29,6 +29,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure() -> None:
+    """Answer signals: a run that `nohup` or a background job started ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def write_tiny_model(folder: Path) -> None:
     """Write a 2-layer Llama with random weights and a byte-pair tokenizer trained on this file."""
     from safetensors.numpy import save_file
