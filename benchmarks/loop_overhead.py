@@ -8,8 +8,8 @@ history.
 
     python benchmarks/loop_overhead.py --turns 10000 [--challenger]
 
-With `--challenger` a second proposer duels the first on a quarter of the turns (`duel_share` 0.25): the due-checks of
-every turn and the settling of duels are in the median then.
+With `--challenger` a second proposer begins a duel with the first on a quarter of the turns (`duel_share` 0.25): the
+due-checks of every turn and the settling of duels are in the median then.
 """
 
 from __future__ import annotations

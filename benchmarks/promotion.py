@@ -466,7 +466,8 @@ def report(results: dict[str, Any]) -> str:
         "## No challenger is better",
         "200 turns, a new challenger every 25. Champion and challenger draw from policies with this Dirichlet "
         "concentration, the challenger's tilted until both have the same mean of max(true gain, 0). *Default*: "
-        "`duel_share` 0.25 (a duel takes two turns), replaced at once. *Lead*: a challenger in the lead keeps its "
+        "0.25 drawn for each free turn (a duel takes two, so a fifth of all turns begin one), replaced at once. "
+        "*Lead*: a challenger in the lead keeps its "
         "place. *All turns*: "
         "`duel_share` 1. *200 duels*: one challenger, whose share of alpha is "
         f"{100 * share(ALPHA, 1):.1f}%. *heldout*: looking back alone. Worst: "

@@ -149,7 +149,7 @@ class ModelHost:
             folder: must not exist yet; `adapters/<campaign>/v<n>`.
             held_out: rows whose loss is measured before and after.
             memory_gib: most memory of the device, weights included; None: what is free, less a reserve.
-            progress: told after each step, in this thread.
+            progress: told after steps, at most every 0.2 s, and after the last one, in this thread.
 
         Raises:
             AssertionError: a row has no supervised token, or makes no sense.

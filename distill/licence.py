@@ -1,4 +1,4 @@
-"""Under which licence a base model may be used: read from the model's own files where they say so.
+"""Under which licence a base model may be used: read from the model's own files, or from a short list kept here.
 
 An adapter is bound by its base model's licence, so that its model card names it. What a hub knows of a model is not
 asked over the network: where nothing says, the answer is where to look. Nothing here loads torch.
@@ -22,7 +22,8 @@ _KNOWN = {
     "huggingfacetb/smollm2-360m-instruct": "apache-2.0",
     "huggingfacetb/smollm2-1.7b-instruct": "apache-2.0",
 }
-"""Of models that are often used here, by their hub ids in lower case; as their model cards said in November 2026."""
+"""Of models that are often used here, by their hub ids in lower case: written down by hand, not read from the hub, so
+that a model's own card decides."""
 _CARD_CHARS = 20_000
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*(.+?)[ \t]*$", re.MULTILINE)
 

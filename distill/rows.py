@@ -47,7 +47,7 @@ class TrainingRow:
     """The user's turn, byte for byte as it was stored."""
     replies: tuple[Reply, ...] = ()
     candidates: tuple[str, ...] = ()
-    """Beginnings of replies, as scoring has them (`agent.proposers.candidates.candidate_text`)."""
+    """Beginnings of replies, as scoring has them (`overnight.rails.reply.candidate_text`)."""
     choice: tuple[float, ...] = ()
     """The probability that each candidate should have, summing to 1; or empty: no listwise lesson."""
     choice_weight: float = 1.0

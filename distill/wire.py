@@ -65,7 +65,7 @@ class TrainingReply(Reply):
     """Steps done, of all epochs together."""
     steps: int
     loss: FiniteFloat
-    """Of the last step."""
+    """Of the step before: reading the last one's would leave the device without work."""
     seconds_left: FiniteFloat
 
 
