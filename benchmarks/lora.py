@@ -32,7 +32,6 @@ from overnight.distill.shelf import AdapterShelf
 from overnight.distill.trie import build_tree
 
 SHARED, OWN, REPLY = 850, 300, 36
-GIB = 1 << 30
 
 
 class Rows:

@@ -46,7 +46,7 @@ class RandomMove:
 
 
 class RandomConfig(RandomMove):
-    """An untried configuration, uniformly."""
+    """Any configuration, uniformly, tried ones too."""
 
     def propose(self, campaign: Campaign) -> Proposal | None:
         """Draw one."""

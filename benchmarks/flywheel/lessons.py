@@ -25,6 +25,7 @@ from world import SETTINGS, Campaign, Table, Turn, table
 
 from overnight.distill.rows import Reply, TrainingRow, write_rows
 from overnight.rails.menu import Change
+from overnight.rails.reply import candidate_text, reply_text
 from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
 from overnight.store.protocol import Attempt
 
@@ -34,11 +35,6 @@ FIRST_CAMPAIGN = 10_000
 """Training campaigns have numbers from here on; measured ones have small numbers."""
 TEMPERATURE = 0.15
 """Of the targets, in standard deviations of the better half of a task's table."""
-
-
-def candidate_text(change: Change) -> str:
-    """The beginning of a reply, as the product scores it."""
-    return f'{{"knob": {json.dumps(change.knob)}, "new_value": {json.dumps(change.value)}'
 
 
 def prompt_of(campaign: Campaign) -> str:
@@ -132,8 +128,9 @@ def rows(without: str, count: int, objective: str, seed: int = 0) -> Iterator[Tr
                 identity = f"{name}/{number}/{turn}"
                 prompt, texts = prompt_of(campaign), tuple(candidate_text(move) for move in moves)
                 if objective == "clone":
-                    said = {"knob": chosen.knob, "new_value": chosen.value, "reason": ""}
-                    yield TrainingRow(id=identity, prompt=prompt, replies=(Reply(json.dumps(said)),))
+                    yield TrainingRow(
+                        id=identity, prompt=prompt, replies=(Reply(reply_text(chosen.knob, chosen.value, "")),)
+                    )
                 else:
                     yield TrainingRow(id=identity, prompt=prompt, candidates=texts, choice=tuple(wanted))
                 made += 1

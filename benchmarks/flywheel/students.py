@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from arms import Proposal, applied, play
-from lessons import candidate_text, prompt_of, rows
+from lessons import prompt_of, rows
 from tasks import KINDS, TASKS
 from world import Campaign, table
 
 from overnight.agent.proposers.candidates import probabilities
+from overnight.agent.run import cache_folder
 from overnight.distill import bundled
 from overnight.distill.base import find_base
 from overnight.distill.chat import ChatEncoder
@@ -36,6 +37,7 @@ from overnight.distill.lora import LoraTraining
 from overnight.distill.model import load_base, pick_device
 from overnight.distill.recipe import LoraRecipe
 from overnight.distill.scoring import MenuScorer
+from overnight.rails.reply import candidate_text
 
 
 class Student:
@@ -101,9 +103,8 @@ def main() -> None:
     done = set()
     if file.exists():
         done = {(r["arm"], r["task"], r["seed"]) for r in map(json.loads, file.read_text().splitlines())}
-    loaded = load_base(
-        find_base(str(given.base.absolute()), Path()), cache_dir=Path(), device=pick_device(given.device)
-    )
+    base = find_base(given.base, Path.cwd())
+    loaded = load_base(base, cache_dir=cache_folder(), device=pick_device(given.device))
     encoder = ChatEncoder(loaded.tokenizer)
     tasks = [task for task in TASKS if task.kind == given.kind]
 

@@ -112,6 +112,9 @@ def markdown(curves: dict[str, Curves], spent: dict[str, dict[str, float]]) -> s
             for other in RIVALS:
                 if one in curves and other in curves:
                     lines.append(_ratio_line(one, other, curves[one][rows], curves[other][rows]))
+    lines += ["", "## Checks", "", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |"]
+    lines.append("|---|---|---|---|---|---|")
+    lines += [_ratio_line(a, b, curves[a], curves[b]) for a, b in CHECKS if a in curves and b in curves]
     lines += [
         "",
         "## Spent per proposal",

@@ -3,8 +3,8 @@
 The truth of a configuration is its mean over the table's seeds. A trial is the truth plus noise with the covariance of
 the residuals of the configurations that were measured on eight seeds, carried to the others by their distance on the
 menu: configurations that are alike err alike on one seed, so pairing helps as it does with the real trainer. A trial
-stands for `RUNS` of the table's very short runs, which brings its noise, beside what there is to gain, to that of the
-quickstart's trials. Arms see trials only, never the table.
+stands for `RUNS` of the table's very short runs, which brings its noise, beside what there is to gain, near that
+of the quickstart's trials. Arms see trials only, never the table.
 """
 
 from __future__ import annotations
@@ -147,8 +147,6 @@ class Campaign:
 
     table: Table
     seed: int
-    shuffled: bool = False
-    """Whether measured gains are replaced by another configuration's: a null check for training histories."""
     turns: list[Turn] = field(default_factory=list)
     trials: int = 0
 
@@ -173,8 +171,6 @@ class Campaign:
         if seed not in known:
             self.trials += 1
             row = self.table.index_of(config)
-            if self.shuffled:
-                row = random.Random(f"{self.seed}/{row}/shuffle").randrange(len(self.table.configs))
             known[seed] = float(self.table.truth[row] + self.table.field[row] @ self._draws(seed))
         return known[seed]
 
