@@ -23,8 +23,6 @@ MAX_STATEMENT = 100_000
 TIMEOUT_S = 10.0
 START_S = 10.0
 """For the process to start and to end by itself, on a machine that is busy with a trial."""
-MAX_MEMORY = 2**30
-"""What SQLite may hold to answer one question."""
 
 
 def ask(db: str, statement: str, max_rows: int) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
-    limit_memory(MAX_MEMORY)
+    limit_memory()
     try:
         found = query(asked["db"], asked["statement"], timeout_s=TIMEOUT_S, max_rows=asked["max_rows"])
     except OvernightError as error:

@@ -1,4 +1,4 @@
-"""The start of a campaign, or of a new environment: prepare the trainer and measure the baseline on several seeds.
+"""The start of a campaign, or of a new environment: measure the baseline on several seeds.
 
 One seed is run twice, which tells whether the trainer repeats exactly, roughly, or ignores its seed. It refuses to
 start what cannot work: a baseline that does not run, data that changed, a gain that cannot be told from noise.
@@ -21,7 +21,7 @@ from overnight.trainer.noise import Spread, classify, paired_noise, trial_noise
 
 
 def calibrate(runtime: Runtime) -> None:
-    """Prepare the trainer, unless that was done, and measure the baseline where the present environment lacks it.
+    """Measure the baseline where the present environment lacks it.
 
     Raises:
         CampaignError: the campaign cannot be run as it is; the message says what to change.
@@ -29,8 +29,6 @@ def calibrate(runtime: Runtime) -> None:
         PauseRequested: a pause was asked for.
         BudgetSpent: a budget ends before the baseline is measured.
     """
-    if runtime.info is None:
-        runtime.info = runtime.trainer.prepare()
     state = runtime.state()
     _check_same_trainer(runtime, state)
     if state.environment_hash == runtime.environment_hash and state.baseline_config_id is not None:

@@ -214,17 +214,17 @@ def parse_campaign(data: Mapping[str, object], path: Path) -> Campaign:
     if not file.proposers:
         raise CampaignError(f'{path}: `proposers` is empty; add a `[proposers.random]` with `kind = "random"`')
     champion = file.router.champion
-    for key, names in (("challenger", [file.router.challenger]), ("controls", file.router.controls)):
+    for key, names in (
+        ("champion", [champion]),
+        ("challenger", [file.router.challenger]),
+        ("controls", file.router.controls),
+    ):
         for name in names:
             if name is not None and name not in file.proposers:
                 known = ", ".join(file.proposers)
                 raise CampaignError(f"{path}: `router.{key}`: no proposer `{name}`; name one of {known}")
     if champion is None and len(file.proposers) > 1:
         raise CampaignError(f"{path}: `router.champion` is missing; name one of {', '.join(file.proposers)}")
-    if champion is not None and champion not in file.proposers:
-        raise CampaignError(
-            f"{path}: `router.champion`: no proposer `{champion}`; name one of {', '.join(file.proposers)}"
-        )
     campaign = Campaign(file, path, _menu(file, path), digest(file.model_dump(mode="json")))
     try:
         _ = campaign.decision

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from overnight.agent.decide import AUDIT_SHARE
 from overnight.rails.gate import SKIPPABLE
 from overnight.rails.menu import KnobType, Scale
 from overnight.store.records import Direction, GainKind
@@ -83,7 +84,7 @@ class DecisionSection(Section):
     """Seeds on which the baseline is measured at the start; one of them twice."""
     max_trials: Annotated[int, Field(ge=1)] = 5
     """Most trials for a candidate."""
-    audit: Annotated[float, Field(ge=0, le=1)] = 0.05
+    audit: Annotated[float, Field(ge=0, le=1)] = AUDIT_SHARE
     """Share of turns, drawn beforehand, that also measure both sides on audit seeds: how noisy pairs really are."""
 
 
@@ -160,7 +161,7 @@ class RouterSection(Section):
     says what that costs)."""
     duel_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Share of turns, drawn beforehand, that begin a duel: champion and challenger answer one prompt in two turns in a
-    row, and both are measured. From 0.5 on all turns are duels."""
+    row, and both are measured. From 0.5 on all turns but warm-up, exploring and requested ones are duels."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Chance, over the campaign's life, of promoting a proposer that is no better."""
     max_latency_s: Annotated[float, Field(gt=0)] = 5.0

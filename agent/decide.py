@@ -66,6 +66,11 @@ class DecisionSettings:
         if self.max_trials < 1:
             raise ValueError(f"`max_trials` must be at least 1, got {self.max_trials!r}")
 
+    @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, -1 where less is."""
+        return 1 if self.direction == "max" else -1
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -314,7 +319,7 @@ def judge(
     unseeded = kind == "unseeded"
     scale = gain_scale(baseline, settings.gain)
     reference = dict.fromkeys(order, math.fsum(baseline.values()) / len(baseline)) if unseeded else baseline
-    sign = (1 if settings.direction == "max" else -1) / scale
+    sign = settings.sign / scale
     measured = takewhile(lambda seed: seed in candidate and seed in reference, order)
     gains = [sign * (candidate[seed] - reference[seed]) for seed in measured]
     if settings.rule == "single_shot" or noise is None:

@@ -257,7 +257,7 @@ def _half(runtime: Runtime, state: CampaignState, duel: Duel, attempt_id: int) -
         return _Half(attempt, void="the baseline could not be measured on the duel's seed")
     settings = runtime.campaign.decision
     scale = gain_scale(series_of(looks(around)).metrics, settings.gain)
-    sign = 1 if settings.direction == "max" else -1
+    sign = settings.sign
     return _Half(attempt, sign * (trial.metric - base.metric) / scale, trial.environment_hash, scale)
 
 

@@ -205,7 +205,7 @@ class Fault(Event):
     kind: ClassVar[str] = "fault"
     recorded: ClassVar[bool] = True
     what: str
-    """`storage`, `trainer`, `worker`, `out_of_memory`, `brief`, `terminal`, or `proposer:<name>`."""
+    """`storage`, `trainer`, `worker`, `out_of_memory`, `terminal`, or `proposer:<name>`."""
     detail: str
     iteration: int | None
     waits: bool
@@ -443,7 +443,7 @@ class EventBuffer:
         before = tuple(self._pending)
         try:
             yield
-        except BaseException:
+        except BaseException:  # raised on: what was added is undone, Ctrl-C included
             self._pending = list(before)
             raise
         self._pending = []

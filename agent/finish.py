@@ -103,7 +103,7 @@ def _verdict(
     from scipy.special import stdtrit
 
     settings = runtime.campaign.decision
-    sign = (1 if settings.direction == "max" else -1) / gain_scale(baseline, settings.gain)
+    sign = settings.sign / gain_scale(baseline, settings.gain)
     gains = [sign * (candidate[seed] - baseline[seed]) for seed in baseline]
     mean, n = math.fsum(gains) / len(gains), len(gains)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * Spread.from_values(gains).sd / math.sqrt(n)

@@ -18,7 +18,7 @@ from overnight.rails.gate import Verdict
 from overnight.report.analysis import analyse
 from overnight.report.text import text_report
 from overnight.store.errors import InputError
-from overnight.store.lease import is_alive
+from overnight.store.lease import is_held
 from overnight.store.protocol import CampaignState
 from overnight.store.read_only import read_store
 from overnight.store.records import KnobValue
@@ -170,7 +170,7 @@ def pause(db: str, campaign: str) -> dict[str, Any]:
     """
 
     def read(store: SqlStore, state: CampaignState) -> tuple[CampaignState, bool]:
-        if state.lease_owner is None or not is_alive(state.lease_owner, state.lease_seen_at):
+        if not is_held(state):
             raise InputError(f"campaign `{state.name}` is not running ({state.status}); there is nothing to pause")
         return state, store.pause_requested(state.id)
 

@@ -66,7 +66,7 @@ def _onward(runtime: Runtime) -> TurnUpdate:
 
 
 def calibrate(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
-    """Prepare the trainer, and measure the baseline where the present environment lacks it."""
+    """Measure the baseline where the present environment lacks it."""
     try:
         calibration.calibrate(runtime)
     except PauseRequested:

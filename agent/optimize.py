@@ -107,7 +107,7 @@ def optimize(
     try:
         where = str(db) if folder is None else f"{folder}/overnight.db"
         result = _run(campaign, fn, where, proposers=proposers, hooks=hooks, progress=progress)
-    except BaseException:
+    except BaseException:  # raised on: Ctrl-C too leaves no temporary database behind
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import platformdirs
 
 from overnight.agent.wants import Want
+from overnight.store import clock
 from overnight.store.hashing import digest
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
@@ -46,7 +46,7 @@ def remember(sha256: str, wants: Sequence[Want], *, where: Path) -> Path:
         "campaign": str(where),
         "sha256": sha256,
         "allowed": [asdict(want) for want in wants],
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": clock.utc_text(clock.time()),
     }
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "w") as file:

@@ -48,7 +48,7 @@ def _gain(
     if base is None or pick is None:
         return None
     settings = runtime.campaign.decision
-    sign = 1 if settings.direction == "max" else -1
+    sign = settings.sign
     return sign * (pick - base) / gain_scale({RACE_SEED: base}, settings.gain)
 
 

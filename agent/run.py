@@ -246,7 +246,7 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
         result = None
     except LeaseLostError:
         raise  # the campaign is somebody else's: nothing is written
-    except Exception as error:
+    except Exception as error:  # the run's boundary: whatever stops it is recorded, and raised on
         _record_stop(runtime, error)
         raise
     return result or _pause(runtime, switch.reason or "what was asked of this run is done")
@@ -352,13 +352,7 @@ def _start(runtime: Runtime, *, prepared_s: float = 0.0) -> None:
     sweep_unfinished(runtime.store.home() / "adapters" / runtime.name)
     # Only the one writer records a file that changed.
     campaign = runtime.campaign
-    runtime.store.open_campaign(
-        name=campaign.name,
-        path=str(campaign.path),
-        spec=campaign.spec(),
-        frozen_hash=campaign.frozen_hash(),
-        knobs_on_menu=len(campaign.menu.knobs),
-    )
+    runtime.record_file()
     position = runtime.store.next_stage(runtime.state().id)
     with runtime.writing(changes_campaign=True):
         runtime.emit(

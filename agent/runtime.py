@@ -71,7 +71,7 @@ class Runtime:
     answered: set[str] = field(default_factory=set)
     """The proposers that have answered in this process."""
     info: TrainerInfo | None = None
-    """The prepared trainer; set by the `calibrate` node."""
+    """The prepared trainer; None before `run_campaign` or a host's first turn."""
     lease: Lease | None = None
     _buffer: EventBuffer = field(default_factory=EventBuffer)
     _renewed_at: float = 0.0
@@ -108,19 +108,21 @@ class Runtime:
 
     def state(self) -> CampaignState:
         """Return where the campaign stands, made in the store if it is new."""
-        state = self._state or self.store.campaign(self.name)
-        if state is None:
-            file = self.campaign
-            state = self.store.open_campaign(
-                name=file.name,
-                path=str(file.path),
-                spec=file.spec(),
-                frozen_hash=file.frozen_hash(),
-                knobs_on_menu=len(file.menu.knobs),
-            )
+        state = self._state or self.store.campaign(self.name) or self.record_file()
         # Nobody else writes while the lease is held, so what was read stays true until this process writes.
         self._state = state if self.lease is not None else None
         return state
+
+    def record_file(self) -> CampaignState:
+        """Have the store know the campaign, with its file as it is now."""
+        file = self.campaign
+        return self.store.open_campaign(
+            name=file.name,
+            path=str(file.path),
+            spec=file.spec(),
+            frozen_hash=file.frozen_hash(),
+            knobs_on_menu=len(file.menu.knobs),
+        )
 
     @contextmanager
     def writing(self, *, changes_campaign: bool = False, changes_noise: bool = False) -> Iterator[StoreWriter]:
@@ -218,7 +220,7 @@ class Runtime:
 
     def _prepared(self) -> TrainerInfo:
         if self.info is None:
-            raise CampaignError(f"campaign `{self.name}`: the trainer is not prepared; run the `calibrate` node first")
+            raise CampaignError(f"campaign `{self.name}`: the trainer is not prepared; `run_campaign` does")
         return self.info
 
     def noise(self, state: CampaignState) -> Noise | None:

@@ -50,7 +50,7 @@ class Visitor:
             self.enter()
             try:
                 update = self._visit(name, node, state)
-            except BaseException:
+            except BaseException:  # raised on: a failed node, Ctrl-C too, gives the lease back
                 self._rest()
                 raise
             if gives_way or update.get("stage") == "done":

@@ -101,12 +101,6 @@ class FusedLora:
         """Copy the weights into the precision of products: after each step."""
         self._small.copy_(self.vector.data)
 
-    def release(self) -> None:
-        """Let peft's parameters stand for themselves again, without gradients."""
-        for parameter in self._parameters:
-            parameter.data = parameter.data.clone()
-            parameter.grad = None
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Have the model compute its adapted layers here, inside the block."""

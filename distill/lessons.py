@@ -95,7 +95,7 @@ def _change(attempt: Attempt, menu: Menu) -> Change | None:
         return None
     try:
         value = attempt.new_value if knob.type == "str" else json.loads(attempt.new_value)
-        return Change(knob.name, knob.coerce(value))
+        return Change(knob.name, knob.coerce(value)) if knob.problem(value) is None else None
     except (ValueError, MenuError):
         return None
 

@@ -71,7 +71,7 @@ class _EdgeLogProbs(torch.autograd.Function):
         hidden = hidden.to(head.dtype)
         sums = torch.cat([(part @ head.T).float().logsumexp(-1) for part in torch.split(hidden, _at_once(head))])
         ctx.save_for_backward(hidden, head, sources, tokens, sums)
-        logits = (hidden[sources].float() * head[tokens].float()).sum(-1)
+        logits = (hidden[sources].float() * head[tokens].float()).sum(-1).to(head.dtype).float()
         return logits - sums[sources]
 
     @staticmethod

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from overnight.distill.packed_attention import require_full_attention
 from overnight.distill.trie import TokenTree, build_tree
-from overnight.store.errors import CampaignError
 
 Tensor = torch.Tensor
 GROWTH = 1024
@@ -134,13 +134,7 @@ class MenuScorer:
     """
 
     def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        if kinds != {"full_attention"}:
-            raise CampaignError(
-                f"base model `{config.model_type}` has layers of {', '.join(sorted(kinds))}; scoring needs "
-                'full attention: choose another model, or set `mode = "generate"`'
-            )
+        require_full_attention(model, "scoring")
         self._model = model
         self.device = next(model.parameters()).device
         self._cache = _Slots()

@@ -140,7 +140,9 @@ class AdapterShelf:
         for module in self._model.modules():
             for part in ("lora_A", "lora_B"):
                 if name in getattr(module, part, ()):
-                    getattr(module, part)[name].to(self._model.dtype)
+                    layer = getattr(module, part)[name]
+                    layer.weight.grad = None  # of its training
+                    layer.to(self._model.dtype)
         self._model.eval().requires_grad_(False)
         while len(self._names) > KEPT:
             gone, old = self._names.popitem(last=False)

@@ -72,6 +72,6 @@ def place(knob: Knob, value: KnobValue) -> float | None:
         return numbers.index(float(value)) / (len(numbers) - 1) if float(value) in numbers else None
     assert knob.low is not None
     assert knob.high is not None
-    if knob.scale == "log":
-        return math.log(value / knob.low) / math.log(knob.high / knob.low)
+    if knob.scale == "log":  # an imported value may lie outside the range
+        return math.log(value / knob.low) / math.log(knob.high / knob.low) if value > 0 else None
     return (value - knob.low) / (knob.high - knob.low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overnight.distill.augment import Augmenter, Variation
 from overnight.distill.histories import Frame, OpenChanges
@@ -119,9 +119,4 @@ def epochs_of(
         if epoch % 2:
             kind = kinds[(epoch // 2 + item.number) % len(kinds)]
             found = teacher.varied(item, kind, random.Random(f"{seed}/{epoch}/{item.id}"))
-        yield _of_epoch(found or row, epoch)
-
-
-def _of_epoch(row: TrainingRow, epoch: int) -> TrainingRow:
-    fields = {name: getattr(row, name) for name in TrainingRow.__slots__}
-    return TrainingRow(**{**fields, "epoch": epoch})
+        yield replace(found or row, epoch=epoch)

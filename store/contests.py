@@ -277,10 +277,6 @@ class ContestWriter(Protocol):
         """Say who stands where."""
         ...
 
-    def drop_alias(self, alias: Alias) -> None:
-        """Say that nobody stands there."""
-        ...
-
 
 class ContestReader(Protocol):
     """The reads of contests."""
@@ -291,10 +287,6 @@ class ContestReader(Protocol):
 
     def contestant(self, proposer_id: int) -> Contestant:
         """Return a stored proposer."""
-        ...
-
-    def contestants(self, campaign_id: int) -> Sequence[Contestant]:
-        """Return every proposer that the campaign knows, oldest first."""
         ...
 
     def aliases(self, campaign_id: int) -> Mapping[Alias, Contestant]:

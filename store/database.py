@@ -55,6 +55,16 @@ def database_url(where: str | Path) -> URL:
     return url.set(drivername="postgresql+psycopg") if backend == "postgresql" else url
 
 
+def is_missing(where: str | Path) -> bool:
+    """Say whether `where` is a SQLite file that is not there yet.
+
+    Raises:
+        InputError: it is a URL of something else.
+    """
+    url = database_url(where)
+    return url.get_backend_name() == "sqlite" and bool(url.database) and not Path(url.database or "").exists()
+
+
 def open_engine(where: str | Path, *, create: bool = False) -> Engine:
     """Open the database and check its schema; with `create`, make one that is not there.
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select, update
 
 from overnight.store import clock
 from overnight.store.errors import LeaseHeldError, LeaseLostError
-from overnight.store.protocol import Lease
+from overnight.store.protocol import CampaignState, Lease
 from overnight.store.tables import CampaignRow, utc_now
 
 REMOTE_SILENCE = timedelta(minutes=2)
@@ -86,6 +86,11 @@ def release(connection: Connection, lease: Lease) -> None:
         .where(CampaignRow.id == lease.campaign_id, CampaignRow.lease_epoch == lease.epoch)
         .values(lease_owner=None, lease_since=None, lease_seen_at=None)
     )
+
+
+def is_held(state: CampaignState) -> bool:
+    """Say whether a live process runs the campaign, as far as this machine can tell."""
+    return state.lease_owner is not None and is_alive(state.lease_owner, state.lease_seen_at)
 
 
 def is_alive(owner: str, seen_at: str | None) -> bool:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas
 
 TIMEOUT_S = 30.0
+MAX_MEMORY = 2**30
+"""What SQLite may hold to answer one question."""
 MAX_ROWS = 100_000
 MAX_BYTES = 256 * 2**20
 """Text and blobs of a result in memory; numbers are bounded by the row limit."""
@@ -81,7 +83,7 @@ def query(where: str | Path, statement: str, *, timeout_s: float = TIMEOUT_S, ma
     return query_postgresql(url, statement, timeout_s, max_rows)
 
 
-def limit_memory(limit: int) -> None:
+def limit_memory(limit: int = MAX_MEMORY) -> None:
     """Bound what SQLite may hold in this PROCESS; it can only be lowered again. For processes that only ask."""
     connection = sqlite3.connect(":memory:")
     try:

@@ -31,7 +31,7 @@ from overnight.store.contests import (
 )
 from overnight.store.hashing import JsonValue, canonical_json, digest
 from overnight.store.records import Config
-from overnight.store.sql_learning import screening_gains
+from overnight.store.sql_learning import AT_ONCE, screening_gains
 from overnight.store.tables import (
     AliasRow,
     AttemptRow,
@@ -48,8 +48,6 @@ from overnight.store.tables import (
 )
 
 MAX_REASON_CHARS = 2_000
-_CHUNK = 500
-"""Configurations asked for in one query: below every engine's limit of bound parameters."""
 
 
 def _columns(table: type[Table], record: type[Any]) -> Select[Any]:
@@ -113,11 +111,6 @@ class SqlContestReads:
         row = self._one(_CONTESTANTS.where(ProposerRow.id == proposer_id))
         assert row is not None
         return _contestant(row)
-
-    def contestants(self, campaign_id: int) -> Sequence[Contestant]:
-        """Return every proposer that the campaign knows, oldest first."""
-        query = _CONTESTANTS.where(ProposerRow.campaign_id == campaign_id).order_by(ProposerRow.id)
-        return [_contestant(row) for row in self._rows(query)]
 
     def aliases(self, campaign_id: int) -> Mapping[Alias, Contestant]:
         """Return who stands where."""
@@ -247,12 +240,12 @@ class SqlContestReads:
     def gains_on(self, campaign_id: int, baseline_config_id: str, config_ids: Sequence[str]) -> Mapping[str, float]:
         """Return the mean measured gain of configurations against one baseline, over their attempts."""
         found: dict[str, float] = {}
-        for start in range(0, len(config_ids), _CHUNK):
+        for start in range(0, len(config_ids), AT_ONCE):
             query = (
                 select(AttemptRow.config_id, func.avg(AttemptRow.gain).label("gain"))
                 .where(
                     AttemptRow.campaign_id == campaign_id,
-                    AttemptRow.config_id.in_(config_ids[start : start + _CHUNK]),
+                    AttemptRow.config_id.in_(config_ids[start : start + AT_ONCE]),
                     AttemptRow.baseline_config_id == baseline_config_id,
                     AttemptRow.gain.is_not(None),
                 )
@@ -413,8 +406,3 @@ class SqlContestWrites:
             there = AliasRow.campaign_id == self._campaign_id, AliasRow.alias == alias
             statement = update(AliasRow).where(*there, AliasRow.proposer_id != proposer_id)
             self._connection.execute(statement.values(**values))
-
-    def drop_alias(self, alias: Alias) -> None:
-        """Say that nobody stands there."""
-        there = AliasRow.campaign_id == self._campaign_id, AliasRow.alias == alias
-        self._connection.execute(delete(AliasRow).where(*there))

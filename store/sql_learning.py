@@ -31,7 +31,7 @@ from overnight.store.tables import (
     utc_now,
 )
 
-PROMPTS_AT_ONCE = 500
+AT_ONCE = 500
 """Prompts asked for in one query: below every engine's limit of bound parameters."""
 _MEASURED = AttemptRow.config_id.is_not(None) & AttemptRow.rail.is_(None)
 _HARNESS = (AttemptRow.outcome == "failed") & (AttemptRow.failure == "harness")
@@ -103,8 +103,8 @@ class SqlLearningReads:
         """Return stored prompts, byte for byte, by their hash."""
         found: dict[str, str] = {}
         with self._reading() as connection:
-            for start in range(0, len(prompt_ids), PROMPTS_AT_ONCE):
-                chunk = prompt_ids[start : start + PROMPTS_AT_ONCE]
+            for start in range(0, len(prompt_ids), AT_ONCE):
+                chunk = prompt_ids[start : start + AT_ONCE]
                 query = select(PromptRow.id, PromptRow.body).where(PromptRow.id.in_(chunk))
                 found |= {row.id: row.body for row in connection.execute(query)}
         return found

@@ -34,7 +34,7 @@ from overnight.store.protocol import (
 )
 from overnight.store.records import KnobValue, Split, Stage
 from overnight.store.sql_contests import SqlContestReads
-from overnight.store.sql_learning import SqlLearningReads
+from overnight.store.sql_learning import AT_ONCE, SqlLearningReads
 from overnight.store.tables import (
     AttemptRow,
     CampaignRow,
@@ -88,8 +88,6 @@ _NEXT: Mapping[Stage, Literal["check_rails", "train", "validate", "decide"]] = {
 }
 CONFIGS_KEPT = 64
 """Configurations kept in memory: they are content-addressed, so they never change."""
-RECENT_MOVES_CHUNK = 500
-"""Configurations asked for in one query: below every engine's limit of bound parameters."""
 
 
 class SqlStore(SqlLearningReads, SqlContestReads):
@@ -278,8 +276,8 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         if before is not None:
             done &= AttemptRow.iteration < before
         found: dict[str, Attempt] = {}
-        for start in range(0, len(ids), RECENT_MOVES_CHUNK):
-            chunk = ids[start : start + RECENT_MOVES_CHUNK]
+        for start in range(0, len(ids), AT_ONCE):
+            chunk = ids[start : start + AT_ONCE]
             # In no order: an order would let SQLite walk the whole campaign instead of looking each id up.
             query = _ATTEMPTS.where(AttemptRow.campaign_id == campaign_id, AttemptRow.config_id.in_(chunk), done)
             for row in self._all(query):

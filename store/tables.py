@@ -136,7 +136,7 @@ class AttemptRow(Table):
     promoted), `warmup`, `explore`, `request`, `fallback`, `imported`."""
     proposer_id: Mapped[int] = mapped_column(ForeignKey("proposers.id"))
     audit: Mapped[bool] = mapped_column(server_default=text("false"))
-    """Drawn beforehand: the candidate gets a second paired seed whatever the first says."""
+    """Drawn beforehand: candidate and baseline are also measured on audit seeds, whatever screening says."""
     request_event_id: Mapped[int | None] = mapped_column(BigInteger)
     """The `enqueued` event that this attempt answers."""
     prompt_id: Mapped[str | None] = mapped_column(ForeignKey("prompts.id"))

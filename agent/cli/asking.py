@@ -18,8 +18,6 @@ from overnight.store.protocol import Attempt, Trial
 from overnight.store.reading import MAX_ROWS, TIMEOUT_S, limit_memory, query
 from overnight.store.sql_store import SqlStore
 
-MAX_MEMORY = 2**30
-"""What SQLite may hold to answer one question."""
 GRACE_S = 2.0
 """Past its limit a query has so long to notice, before the process ends."""
 
@@ -59,7 +57,7 @@ def sql(*, statement: str | None, schema: bool, timeout_s: float, max_rows: int,
         statement = sys.stdin.read()
     if not statement or not statement.strip():
         raise InputError('no SQL given; try `overnight sql "select * from campaign_stats"` or `--schema`')
-    limit_memory(MAX_MEMORY)
+    limit_memory()
     with _watchdog(timeout_s):
         result = query(db, statement, timeout_s=timeout_s, max_rows=max_rows)
     print_rows(result.columns, result.rows, form)
@@ -99,7 +97,7 @@ def show(campaign: str, iteration: int, db: str, form: str) -> None:
             click.echo(f"overnight: campaign `{state.name}` has no turn {iteration}", err=True)
             sys.exit(1)
         trials = {attempt.id: store.trials_of_attempt(attempt.id) for attempt in attempts}
-        prompts = {a.prompt_id: store.prompt_of(a.prompt_id) for a in attempts if a.prompt_id is not None}
+        prompts = store.prompts_of(sorted({a.prompt_id for a in attempts if a.prompt_id is not None}))
     finally:
         store.close()
     if form == "table":

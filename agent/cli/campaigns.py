@@ -79,9 +79,15 @@ def check(*, campaign: str, file: Any, db: str, allowing: bool) -> None:
     run, which knows the machine.
     """
     from overnight.agent.checking import check_proposal
+    from overnight.store.database import is_missing
+    from overnight.store.sql_store import SqlStore
 
     loaded = permitted(load_campaign(campaign), allowing=allowing, parts=("rails",))
-    verdict = check_proposal(file.read(), loaded, _known(db, loaded))
+    if is_missing(db):
+        verdict = check_proposal(file.read(), loaded)
+    else:
+        with SqlStore.open(db) as store:
+            verdict = check_proposal(file.read(), loaded, _known(store, loaded))
     if verdict.passed:
         assert verdict.diff is not None
         changes = ", ".join(f"{knob}: {old} -> {new}" for knob, (old, new) in verdict.diff.items())
@@ -91,12 +97,7 @@ def check(*, campaign: str, file: Any, db: str, allowing: bool) -> None:
     sys.exit(1)
 
 
-def _known(db: str, campaign: Campaign) -> tuple[SqlStore, CampaignState] | None:
+def _known(store: SqlStore, campaign: Campaign) -> tuple[SqlStore, CampaignState] | None:
     """Return the store and what it knows of the campaign, where it knows it."""
-    from overnight.store.sql_store import SqlStore
-
-    if "://" not in db and not Path(db).exists():
-        return None
-    store = SqlStore.open(db)
     state = store.campaign(newest_name(store, campaign.name, campaign.path))
     return None if state is None else (store, state)

@@ -21,8 +21,6 @@ def describe_contest(event: Event) -> str | None:
     match event:
         case events.DuelSettled():
             return _duel(event)
-        case events.PredecessorWeighed():
-            return f"{event.challenger} against {event.champion}: {event.words}"
         case events.Weighed():
             return f"{event.challenger} against {event.champion}: {event.words}"
         case events.RaceStarted():

@@ -13,7 +13,7 @@ from overnight.agent.cli.learning import learning_runtime
 from overnight.agent.cli.options import db_option, format_option, print_rows
 from overnight.agent.cli.permission import allow_option
 from overnight.store.errors import InputError
-from overnight.store.lease import is_alive, this_process
+from overnight.store.lease import is_held, this_process
 from overnight.store.sql_store import SqlStore
 
 if TYPE_CHECKING:
@@ -144,5 +144,4 @@ def _switch(runtime: Runtime, kind: str, said: dict[str, str]) -> None:
 
 
 def _is_running(state: CampaignState) -> bool:
-    owner = state.lease_owner
-    return owner is not None and owner != this_process() and is_alive(owner, state.lease_seen_at)
+    return state.lease_owner != this_process() and is_held(state)

@@ -22,7 +22,7 @@ from overnight.agent.cli.options import (
 from overnight.agent.cli.permission import allow_option, permitted
 from overnight.store import clock
 from overnight.store.errors import InputError
-from overnight.store.lease import is_alive
+from overnight.store.lease import is_held
 from overnight.store.protocol import CampaignState
 from overnight.store.sql_store import SqlStore
 
@@ -86,12 +86,14 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
 def _check_first(campaign: Campaign, db: str) -> None:
     """Find what is wrong with the campaign's parts before a database is made for it."""
     from overnight.agent.run import host_trainer, prepared, proposers_of, rails_of
+    from overnight.store.database import is_missing
 
+    campaign.read_brief()
     trainer = host_trainer(campaign, lambda: None)
     rails_of(campaign)
     for proposer in proposers_of(campaign).values():
         proposer.close()
-    if "://" not in db and not Path(db).exists():
+    if is_missing(db):
         try:
             prepared(campaign, trainer)
         finally:
@@ -100,7 +102,10 @@ def _check_first(campaign: Campaign, db: str) -> None:
 
 def _checkpoints(db: str, name: str) -> Path | None:
     """LangGraph's checkpoints lie beside a SQLite store; with another database none are kept."""
-    return None if "://" in db else Path(f"{db}.{name}.checkpoints")
+    from overnight.agent.live import beside
+    from overnight.store.database import database_url
+
+    return beside(db, name, "checkpoints") if database_url(db).get_backend_name() == "sqlite" else None
 
 
 def _finished_line(state: CampaignState) -> str:
@@ -157,7 +162,7 @@ def pause(campaign: str, db: str) -> None:
     store = SqlStore.open(db)
     try:
         state = campaign_in(store, campaign)
-        if state.lease_owner is None or not is_alive(state.lease_owner, state.lease_seen_at):
+        if not is_held(state):
             click.echo(f"campaign `{state.name}` is not running ({state.status})", err=True)
             raise SystemExit(1)
         store.request(state.id, "pause_requested", {})

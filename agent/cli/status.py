@@ -12,8 +12,8 @@ from overnight.agent.cli.options import campaign_in, db_option, format_option, p
 from overnight.agent.live import Live, live_file, read_live
 from overnight.agent.pace import End, in_words, next_end
 from overnight.store import clock
-from overnight.store.lease import is_alive
-from overnight.store.protocol import CampaignState
+from overnight.store.lease import is_held
+from overnight.store.protocol import CampaignState, Spent
 from overnight.store.read_only import read_store
 from overnight.store.sql_store import SqlStore
 
@@ -57,13 +57,13 @@ def status_row(store: SqlStore, name: str, db: str | None = None) -> list[object
     best = None if state.best_attempt_id is None else store.attempt(state.best_attempt_id)
     budget = state.spec["budget"]
     assert isinstance(budget, dict)
-    alive = state.lease_owner is not None and is_alive(state.lease_owner, state.lease_seen_at)
+    alive = is_held(state)
     stage = position.stage if state.environment_hash is not None else "calibrate"
     done = position.iteration - (0 if position.attempt_id else 1)
     live = None
     if db is not None and alive and state.lease_owner is not None:
         live = read_live(live_file(db, name), state.lease_owner)
-    end = _end(store, state, live, done) if alive else None
+    end = _end(store, state, live, done, spent) if alive else None
     return [
         name,
         state.status if alive or state.status != "running" else "stopped (run it again to go on)",
@@ -91,9 +91,9 @@ def status_row(store: SqlStore, name: str, db: str | None = None) -> list[object
     ]
 
 
-def _end(store: SqlStore, state: CampaignState, live: Live | None, done: int) -> End:
+def _end(store: SqlStore, state: CampaignState, live: Live | None, done: int, spent: Spent) -> End:
     """Return which budget a running campaign comes to the end of first."""
-    budget, spent = state.spec["budget"], store.spent(state.id)
+    budget = state.spec["budget"]
     assert isinstance(budget, dict)
     if live is not None:
         limits = live.limits

@@ -15,6 +15,7 @@ from overnight.agent.doctor.finding import Finding, amiss, note
 from overnight.agent.proposers.protocol import Proposer
 from overnight.agent.run import open_runtime
 from overnight.agent.runtime import Runtime
+from overnight.store.database import is_missing
 from overnight.store.errors import OvernightError
 from overnight.store.protocol import CampaignState
 from overnight.store.sql_store import SqlStore
@@ -116,7 +117,7 @@ def _asked(runtime: Runtime, state: CampaignState, latencies: dict[str, float], 
 @contextmanager
 def _opened_store(campaign: Campaign, db: str) -> Iterator[SqlStore]:
     """Open the store where it knows the campaign, else a temporary one."""
-    if "://" in db or Path(db).exists():
+    if not is_missing(db):
         store = SqlStore.open(db)
         if store.campaign(campaign.name) is not None:
             try:

@@ -76,10 +76,10 @@ def size(count: int) -> str:
 
 def database(db: str) -> Finding:
     """Look whether the store can be opened and is of this version."""
-    from overnight.store.database import HEAD
+    from overnight.store.database import HEAD, is_missing
     from overnight.store.read_only import read_store
 
-    if "://" not in db and not Path(db).exists():
+    if is_missing(db):
         return ok("database", f"{db} will be made by the first run, with schema {HEAD}")
     try:
         count = read_store(db, lambda store: len(store.campaigns()))

@@ -78,7 +78,7 @@ class ChatEndpoint:
         thread.start()
         try:
             thread.join(deadline_s + GRACE_S)
-        except BaseException:
+        except BaseException:  # raised on: a signal came while waiting, and the call must not go on alone
             job.cancel()
             raise
         if job.result is not None:
