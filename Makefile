@@ -29,8 +29,9 @@ $(STAMP): $(BIN)/python
 quickstart: install
 	$(BIN)/overnight run quickstart --db quickstart.db
 
+# Most of a test's time is a process that starts: two at once even on two cores.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Run from tests/: beside the source folders, `import overnight` would find the bare folder of that name.
 lint: install

@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,8 @@ def whole(fragment: dict[str, Any]) -> dict[str, Any]:
     return data(**{**fragment, **router})
 
 
-def follow_page(page: str, reader: Reader, night: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_can_be_followed(page: str, reader: Reader, night: Path) -> None:
     if page == "docs/sql.md":
         SCENES["after a night"](reader)
     for block in BLOCKS[page]:
@@ -177,23 +177,6 @@ def follow_page(page: str, reader: Reader, night: Path) -> None:
             SCENES[block.notes["scene"]](reader)
         if block.is_run:
             follow(block, reader, night)
-
-
-@pytest.fixture(scope="module")
-def followed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, night: Path
-) -> Iterator[Mapping[str, Future[None]]]:
-    """Every page that this run asks for, two at a time: nearly all the time goes into starting processes."""
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    pages = [test.callspec.params["page"] for test in tests if test.originalname == "test_a_page_can_be_followed"]
-    with ThreadPoolExecutor(2) as pool:
-        readers = {page: new_reader(tmp_path_factory.mktemp("page")) for page in pages}
-        yield {page: pool.submit(follow_page, page, reader, night) for page, reader in readers.items()}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_can_be_followed(page: str, followed: Mapping[str, Future[None]]) -> None:
-    followed[page].result()
 
 
 @pytest.mark.parametrize("page", PAGES)

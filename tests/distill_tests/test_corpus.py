@@ -157,15 +157,15 @@ def test_what_was_measured_is_open_again_only_where_repeats_are_allowed(
 def test_harness_failures_and_strange_changes_are_counted_and_left_out(chronicle: Chronicle) -> None:
     chronicle.turn("a", 0.125)
     chronicle.turn("a", 0.25, None, failure="harness")
-    chronicle.turn("b", 7)
+    chronicle.turn("b", 7)  # a value that the menu does not have
     chronicle.turn("b", 2, None, failure="oom")
     chronicle.turn("c", "y")
     lost = chronicle.turn("b", 3)
     with chronicle.store.transaction() as connection:
         connection.execute(update(AttemptRow).where(AttemptRow.id == lost).values(prompt_id=None))
     report = corpus_of(chronicle, holdout=1).report
-    assert (report.trained, report.held_out) == (3, 1)
-    assert report.excluded == {"harness failure": 1, "no prompt stored": 1}
+    assert (report.trained, report.held_out) == (2, 1)
+    assert report.excluded == {"change not on the menu": 1, "harness failure": 1, "no prompt stored": 1}
 
 
 def test_a_change_that_the_menu_does_not_have_teaches_nothing(chronicle: Chronicle) -> None:

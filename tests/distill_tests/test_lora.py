@@ -107,7 +107,7 @@ def test_dropout_is_the_same_in_both_passes_so_that_the_gradient_is_the_slope_of
     one, rows = training(tiny, recipe), encoded(tiny, lessons.clone_rows(2))
     vector = one._fused.vector
     torch.manual_seed(0)
-    way = torch.randn_like(vector) * 1e-3
+    way = torch.randn_like(vector) * 2e-4  # short: the loss is curved
     with one._training():
         one._gradients(rows, 0)
         slope = float((vector.grad * way).sum())
