@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from overnight.store.hashing import digest
 from overnight.store.reading import QueryResult, query
-from overnight.store.records import GainKind, KnobValue
+from overnight.store.records import GainKind, KnobValue, gain_text
 
 if TYPE_CHECKING:
     import pandas
@@ -58,8 +58,8 @@ class Result:
             changed = {k: v for k, v in self.best_config.items() if v != self.baseline_config[k]}
             lines.append(f"best: {_config(changed)}, {_number(self.best_value)} after {_number(self.baseline_value)}")
         if self.gain is not None and self.gain_interval is not None:
-            low, high = (_gain(end, self.gain_kind) for end in self.gain_interval)
-            lines.append(f"gain: {_gain(self.gain, self.gain_kind)} (95% interval {low} to {high}, fresh seeds)")
+            low, high = (gain_text(end, self.gain_kind) for end in self.gain_interval)
+            lines.append(f"gain: {gain_text(self.gain, self.gain_kind)} (95% interval {low} to {high}, fresh seeds)")
         return "\n".join(lines)
 
     def query(self, statement: str) -> QueryResult:
@@ -152,7 +152,3 @@ def _number(value: KnobValue | None) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "not measured" if value is None else str(value)
-
-
-def _gain(gain: float, kind: GainKind) -> str:
-    return f"{gain:+.2%}" if kind == "relative" else f"{gain:+.4g}"

@@ -7,7 +7,6 @@ refused. Nothing here loads torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pydantic import BaseModel as Model
 from pydantic import ConfigDict, FiniteFloat, ValidationError
 
 from overnight.store.errors import CampaignError, ProposerError
-from overnight.store.hashing import JsonValue
+from overnight.store.hashing import JsonValue, file_digest
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -117,7 +116,7 @@ def write_adapter(
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         write(unfinished)
-        made = record({name: _sha256(unfinished / name) for name in (CONFIG, WEIGHTS)})
+        made = record({name: file_digest(unfinished / name) for name in (CONFIG, WEIGHTS)})
         (unfinished / CARD).write_text(model_card(made), encoding="utf-8")
         (unfinished / RECORD).write_text(made.model_dump_json(indent=2) + "\n")
         for file in unfinished.iterdir():
@@ -214,7 +213,7 @@ def verify_adapter(folder: Path, base_sha256: str) -> None:
     for name, wanted in record.files.items():
         if Path(name).name != name or not (folder / name).is_file():
             raise CampaignError(f"adapter `{folder}` has no `{name}`, which its record lists; distil again")
-        if _sha256(folder / name) != wanted:
+        if file_digest(folder / name) != wanted:
             raise CampaignError(
                 f"adapter `{folder}`: `{name}` was changed after it was written (its SHA-256 is not the recorded one); "
                 "restore it from a backup, or distil again"
@@ -247,11 +246,6 @@ def _refuse_code(folder: Path) -> None:
         raise CampaignError(f"adapter `{folder}`: `{CONFIG}` describes no LoRA adapter; give one in peft's format")
     if config.get("auto_mapping") or list(folder.glob("*.py")):
         raise CampaignError(f"adapter `{folder}` brings code of its own, which is never run; give one without")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

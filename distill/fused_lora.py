@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -258,8 +259,13 @@ def _down_backward(  # noqa: PLR0917
         of_x.addcmul_(small @ group.down, kept)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _kernels(x: Tensor) -> bool:
-    return x.is_cuda and find_spec("triton") is not None
+    return x.is_cuda and _has_triton()
 
 
 def _dropped(x: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None, float]:

@@ -20,6 +20,7 @@ import torch
 from overnight.distill.base import BaseModel
 from overnight.distill.fusing import fuse_norms
 from overnight.store.errors import CampaignError, ProposerError
+from overnight.store.hashing import file_digest
 
 RECORD = "overnight.json"
 
@@ -100,7 +101,7 @@ def dequantized(gguf: Path, expected_sha256: str | None, cache_dir: Path) -> Pat
     Raises:
         CampaignError: the file is not the one that was pinned, or cannot be read.
     """
-    found = _sha256(gguf)
+    found = file_digest(gguf)
     if expected_sha256 is not None and found != expected_sha256:
         raise CampaignError(
             f"`{gguf}` has the SHA-256 {found[:16]}..., not {expected_sha256[:16]}... as pinned; install it again"
@@ -170,16 +171,11 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    return {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _combined(weights: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:

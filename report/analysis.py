@@ -22,6 +22,7 @@ from overnight.report.hours import Hours, read_hours
 from overnight.report.races import RaceItems, read_items
 from overnight.store.database import snapshot
 from overnight.store.errors import InputError
+from overnight.store.records import GainKind
 from overnight.store.sql_store import SqlStore
 
 WINDOW = 10
@@ -152,9 +153,14 @@ class Analysis:
         return bool(self.campaign["direction"] == "min")
 
     @property
+    def gain_kind(self) -> GainKind:
+        """Whether gains are shares of the baseline or differences."""
+        return "relative" if self.spec["metric"]["gain"] == "relative" else "absolute"
+
+    @property
     def is_relative(self) -> bool:
         """Whether gains are shares of the baseline."""
-        return bool(self.spec["metric"]["gain"] == "relative")
+        return self.gain_kind == "relative"
 
     @property
     def menu(self) -> Sequence[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from overnight.report.analysis import Analysis, Replicated, Turn, spread_evenly
 from overnight.report.contest_charts import evidence_chart, race_chart
 from overnight.report.figures import Figure, escaped, figure
-from overnight.report.story import percent
+from overnight.report.story import gain_said
 
 MOST_POINTS = 1_500
 """Reverted or failed attempts drawn at most; kept ones are always drawn, up to MOST_KEPT."""
@@ -43,7 +43,7 @@ def charts(found: Analysis) -> dict[str, Figure]:
 
 
 def _label(turn: Turn, found: Analysis) -> str:
-    gain = "" if turn.gain is None else f", gain {percent(found, turn.gain)}"
+    gain = "" if turn.gain is None else f", gain {gain_said(found, turn.gain)}"
     what = f"{escaped(turn.knob)} = {escaped(turn.new_value)}" if turn.knob else "no proposal"
     return f"turn {turn.iteration}: {what}<br>{turn.outcome}{gain}, {turn.trials} runs, by {escaped(turn.proposer)}"
 
@@ -122,7 +122,7 @@ def by_knob(found: Analysis) -> Figure | None:
             y.append(escaped(knob))
             sizes.append(9 + 5 * row["proposed"] ** 0.5)
             colors.append(gain)
-            words = "not measured" if gain is None else f"mean gain {percent(found, gain)}"
+            words = "not measured" if gain is None else f"mean gain {gain_said(found, gain)}"
             value = f"{escaped(knob)} = {escaped(row['new_value'])}"
             texts.append(f"{value}<br>proposed {row['proposed']}x, kept {row['kept']}x, {words}")
     known = sorted(abs(gain) for gain in colors if gain is not None)

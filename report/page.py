@@ -17,12 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from overnight.report.analysis import Analysis, Turn
+from overnight.report.analysis import Analysis
 from overnight.report.charts import charts
 from overnight.report.contest_charts import race_chart
 from overnight.report.figures import Figure
 from overnight.report.races import RaceItems, Table
-from overnight.report.story import duration, findings, headline, percent
+from overnight.report.story import best_kept, duration, findings, gain_said, headline
 from overnight.store.errors import StoreError
 
 LAST_TURNS = 30
@@ -35,11 +35,11 @@ def render_report(found: Analysis) -> str:
     return _rendered(
         "report.html",
         charts(found),
-        lambda gain: _gain(found, gain),
+        lambda gain: gain_said(found, gain),
         found=found,
         headline=headline(found),
         findings=findings(found),
-        kept=_kept(found),
+        kept=best_kept(found)[:MOST_KEPT],
         last=list(reversed(found.turns[-LAST_TURNS:])),
         seconds=duration,
         clock_time=clock_time,
@@ -94,12 +94,6 @@ def write_page(page: str, target: Path) -> Path:
     return target
 
 
-def _kept(found: Analysis) -> list[Turn]:
-    """Return the kept turns, the best gains first."""
-    kept = [turn for turn in found.turns if turn.outcome == "kept"]
-    return sorted(kept, key=lambda turn: -(turn.gain if turn.gain is not None else -1e9))[:MOST_KEPT]
-
-
 @cache
 def plotly_script() -> str:
     """Return Plotly's own script, as its Python package carries it."""
@@ -144,7 +138,3 @@ def clock_time(seconds: float) -> str:
     """Return a length of time as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _gain(found: Analysis, gain: float | None) -> str:
-    return "" if gain is None else percent(found, gain)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from overnight.report.analysis import Analysis
+from overnight.report.analysis import Analysis, Turn
+from overnight.store.records import gain_text
 
 CLOSE = 3.0
 """A threshold below so many standard deviations of a difference is within reach of noise (single runs)."""
@@ -24,7 +25,7 @@ def headline(found: Analysis) -> str:
     turn, metric = found.best_so_far[-1]
     best = next(each for each in found.turns if each.iteration == turn)
     gain = found.total_gain
-    better = "" if gain is None else f", {percent(found, gain).lstrip('+')} better than the first baseline"
+    better = "" if gain is None else f", {gain_said(found, gain).lstrip('+')} better than the first baseline"
     return (
         f"{turns}, {stats['kept']} kept. Best: {best.knob} = {best.new_value} in turn {turn}, "
         f"{stats['metric_name']} {metric:.6g}{better}.{_doubt(found)}"
@@ -89,7 +90,7 @@ def _luck(found: Analysis) -> Iterator[str]:
     if mean_gain is not None and gain is not None and mean_gain < gain:
         yield (
             f"The winner flatters: over all {len(again.metrics)} runs of its configuration ({again.label}) the mean is "
-            f"{again.mean:.6g}, a gain of {percent(found, mean_gain)}, not {percent(found, gain)}."
+            f"{again.mean:.6g}, a gain of {gain_said(found, mean_gain)}, not {gain_said(found, gain)}."
         )
 
 
@@ -112,8 +113,8 @@ def _holdout(found: Analysis) -> Iterator[str]:
         verdict = "holds" if low > 0 else "is not certain"
         where = "Locked holdout" if looked.get("fresh_data", True) else "Fresh seeds, on data that decisions saw"
         yield (
-            f"{where}: the gain {verdict}: {percent(found, looked['gain'])}, 95% interval "
-            f"{percent(found, low)} to {percent(found, high)}, {looked['seeds']} paired seeds."
+            f"{where}: the gain {verdict}: {gain_said(found, looked['gain'])}, 95% interval "
+            f"{gain_said(found, low)} to {gain_said(found, high)}, {looked['seeds']} paired seeds."
         )
     else:
         yield f"Locked holdout: not measured: {looked.get('reason', 'no reason given')}."
@@ -163,9 +164,9 @@ def _cost(found: Analysis) -> Iterator[str]:
     energy = "energy was not measured" if found.energy_kwh is None else f"{found.energy_kwh:.3g} kWh"
     pays = []
     if found.gain_per_gpu_hour is not None and found.gpu_hours >= MIN_HOURS:
-        pays.append(f"{percent(found, found.gain_per_gpu_hour)} a GPU-hour")
+        pays.append(f"{gain_said(found, found.gain_per_gpu_hour)} a GPU-hour")
     if found.gain_per_kwh is not None:
-        pays.append(f"{percent(found, found.gain_per_kwh)} a kWh")
+        pays.append(f"{gain_said(found, found.gain_per_kwh)} a kWh")
     gained = f"; gain {' and '.join(pays)}" if pays else ""
     yield f"Cost: {hours}, {energy}{gained}."
     first, best = found.seconds_to_first_keep, found.seconds_to_best
@@ -173,9 +174,15 @@ def _cost(found: Analysis) -> Iterator[str]:
         yield f"The first keep came after {duration(first)}, the best after {duration(best)}."
 
 
-def percent(found: Analysis, gain: float) -> str:
-    """Return a gain as people read it: in percent where it is relative."""
-    return f"{gain:+.2%}" if found.is_relative else f"{gain:+.3g}"
+def gain_said(found: Analysis, gain: float | None) -> str:
+    """Return a gain of this campaign as people read it."""
+    return gain_text(gain, found.gain_kind)
+
+
+def best_kept(found: Analysis) -> list[Turn]:
+    """Return the kept turns, the best gains first."""
+    kept = [turn for turn in found.turns if turn.outcome == "kept"]
+    return sorted(kept, key=lambda turn: -(turn.gain if turn.gain is not None else -1e9))
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from overnight.report.analysis import Analysis
-from overnight.report.story import findings, headline, percent
+from overnight.report.story import best_kept, findings, gain_said, headline
 
 MOST_KEPT = 20
 MOST_KNOBS = 40
@@ -18,14 +18,14 @@ MAX_CELL = 120
 def text_report(found: Analysis) -> str:
     """Return the report; a text that a model or a script wrote is cut and kept to one cell."""
     parts = [f"# {found.name}\n", f"{headline(found)}\n", *(f"- {sentence}" for sentence in findings(found))]
-    kept = [turn for turn in found.turns if turn.outcome == "kept"]
-    best = sorted(kept, key=lambda turn: -(turn.gain if turn.gain is not None else -1e9))[:MOST_KEPT]
+    kept = best_kept(found)
+    best = kept[:MOST_KEPT]
     metric = found.stats["metric_name"]
     parts += _section(
         f"Kept changes, the best first ({len(best)} of {len(kept)})",
         ("turn", "proposer", "change", metric, "gain", "trials"),
         [
-            (t.iteration, t.proposer, f"{t.knob} = {t.new_value}", t.metric, _gain(found, t.gain), t.trials)
+            (t.iteration, t.proposer, f"{t.knob} = {t.new_value}", t.metric, gain_said(found, t.gain), t.trials)
             for t in best
         ],
     )
@@ -34,7 +34,7 @@ def text_report(found: Analysis) -> str:
         "Knobs",
         ("knob", "proposed", "kept", "values tried", "best gain"),
         [
-            (row["knob"], row["proposed"], row["kept"], row["distinct_values"], _gain(found, row["best_gain"]))
+            (row["knob"], row["proposed"], row["kept"], row["distinct_values"], gain_said(found, row["best_gain"]))
             for row in found.knobs[:MOST_KNOBS]
         ],
     )
@@ -72,7 +72,3 @@ def _cell(value: object) -> str:
         return f"{value:.6g}"
     text = " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
-
-
-def _gain(found: Analysis, gain: float | None) -> str:
-    return "" if gain is None else percent(found, gain)

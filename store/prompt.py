@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from overnight.store.protocol import Attempt, KnobTotal, PairTotal
-from overnight.store.records import Config, Direction, GainKind
+from overnight.store.records import Config, Direction, GainKind, gain_text
 
 MAX_TOKENS = 1_600
 AIM_TOKENS = 1_520
@@ -236,15 +236,11 @@ def _value(total: PairTotal, facts: PromptFacts) -> str:
     return " ".join(words)
 
 
-def _gain(gain: float, kind: GainKind) -> str:
-    return f"{gain:+.2%}" if kind == "relative" else f"{gain:+.3g}"
-
-
 def _attempt_line(attempt: Attempt, facts: PromptFacts) -> str:
     what = f"{attempt.knob} = {attempt.new_value}" if attempt.knob else "no valid proposal"
     came: list[str] = [attempt.outcome or "open"]
     if attempt.gain is not None:
-        came.append(_gain(attempt.gain, facts.gain))
+        came.append(gain_text(attempt.gain, facts.gain))
     elif attempt.failure:
         came.append(attempt.failure)
     elif attempt.rail:

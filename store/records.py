@@ -25,6 +25,13 @@ TrainerKind = Literal["exact", "noisy", "unseeded"]
 """How a trainer answers to its seed: repeats bit for bit, repeats roughly, or not at all."""
 
 
+def gain_text(gain: float | None, kind: GainKind) -> str:
+    """Return a gain as people read it: in percent where it is relative, nothing where there is none."""
+    if gain is None:
+        return ""
+    return f"{gain:+.2%}" if kind == "relative" else f"{gain:+.3g}"
+
+
 @dataclass(frozen=True, slots=True)
 class TrialRequest:
     """One run of (configuration, seed) on one split, as plain data that any executor can ship."""

@@ -8,7 +8,6 @@ not passed on: only the script knows its steps.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from overnight.store.errors import CampaignError, TrainerError
-from overnight.store.hashing import digest
+from overnight.store.hashing import digest, file_digest
 from overnight.store.records import Config, FailureClass, TrainerInfo, TrialRequest, TrialResult
 from overnight.trainer.command_settings import CommandSettings, fields, fill
 from overnight.trainer.machine import machine
@@ -111,7 +110,7 @@ class CommandTrainer:
                 )
             found |= files
         try:
-            return {name: _file_hash(path) for name, path in sorted(found.items())}
+            return {name: file_digest(path) for name, path in sorted(found.items())}
         except OSError as error:
             raise TrainerError(
                 f"a file of the command trainer cannot be read: {error}; check its permissions"
@@ -217,8 +216,3 @@ def _ended_as(ending: Ending, process: GuardedProcess) -> FailureClass:
     if ending.failure == "crash" and _OUT_OF_MEMORY.search(last_words):
         return "oom"
     return ending.failure or "crash"
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ from overnight.agent.campaign import Campaign
 from overnight.agent.cli.contest_lines import describe_contest
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar
 from overnight.agent.cli.options import say
+from overnight.store.records import gain_text
 from overnight.trainer.output import clean
 
 LAST_DECISIONS = 6
@@ -59,13 +60,6 @@ def progress_hook(campaign: Campaign) -> ProgressHook:
     return LivePanel(campaign, console) if console.is_terminal else PlainLines(campaign)
 
 
-def gain_text(campaign: Campaign, gain: float | None) -> str:
-    """Return a gain as the campaign counts it."""
-    if gain is None:
-        return ""
-    return f"{gain:+.2%}" if campaign.file.metric.gain == "relative" else f"{gain:+.4g}"
-
-
 def describe(event: events.Event, campaign: Campaign) -> str | None:
     """Return one line for an event, or None for those that are not worth one."""
     match event:
@@ -86,9 +80,10 @@ def describe(event: events.Event, campaign: Campaign) -> str | None:
         case events.GridRefined():
             return "every legal change was tried: ranges are gridded finer"
         case events.HoldoutMeasured():
-            low, high = gain_text(campaign, event.gain_low), gain_text(campaign, event.gain_high)
+            ends = (event.gain, event.gain_low, event.gain_high)
+            gain, low, high = (gain_text(end, campaign.file.metric.gain) for end in ends)
             where = "locked holdout" if event.fresh_data else "fresh seeds"
-            return f"{where}: gain {gain_text(campaign, event.gain)} (95% interval {low} to {high})"
+            return f"{where}: gain {gain} (95% interval {low} to {high})"
         case events.HoldoutSkipped():
             return f"locked holdout: {event.reason}"
         case events.Finished():
@@ -110,7 +105,7 @@ def _describe_fault(event: events.Event) -> str | None:
 def decision_text(event: events.Decided, campaign: Campaign) -> str:
     """Return a decided turn in words."""
     what = f"{event.knob} = {event.new_value}" if event.knob else "no valid proposal"
-    detail = gain_text(campaign, event.gain) or event.failure or event.rail or ""
+    detail = gain_text(event.gain, campaign.file.metric.gain) or event.failure or event.rail or ""
     trials = f" over {event.trials} trials" if event.trials > 1 else ""
     return f"{event.outcome}: {what} {detail}{trials} [{event.proposer}]".replace("  ", " ")
 
@@ -251,7 +246,7 @@ class LivePanel:
 
     def _best_text(self) -> Text:
         if self._best is not None:
-            gain = gain_text(self._campaign, self._best.gain)
+            gain = gain_text(self._best.gain, self._campaign.file.metric.gain)
             best = f"{self._best.knob} = {self._best.new_value} {gain} in turn {self._best.iteration}"
             return Text(clean(best), style="green")
         if self._baseline is not None:

@@ -24,6 +24,7 @@ from overnight.store import clock
 from overnight.store.errors import InputError
 from overnight.store.lease import is_held
 from overnight.store.protocol import CampaignState
+from overnight.store.records import gain_text
 from overnight.store.sql_store import SqlStore
 
 
@@ -151,7 +152,7 @@ def _holdout_line(store: SqlStore, state: CampaignState) -> None:
 def _gain(state: CampaignState, gain: float) -> str:
     metric = state.spec["metric"]
     assert isinstance(metric, dict)
-    return f"{gain:+.2%}" if metric["gain"] == "relative" else f"{gain:+.4g}"
+    return gain_text(gain, "relative" if metric["gain"] == "relative" else "absolute")
 
 
 @click.command()

@@ -31,6 +31,7 @@ def a_campaign(folder: Path) -> None:
     spec["campaign"] |= {"baseline": "fixed"}
     del spec["campaign"]["brief"]
     spec["budget"] = {"iterations": 200, "trial_timeout_s": 120}
+    spec["decision"] |= {"min_gain": 0.04}
     spec["trainer"] |= {"steps": 40, "val_tokens": 8192}
     spec["proposers"] = {
         "one": {"kind": "scripted", "order": "drawn", "replies": [reply_text("lr", rate, "") for rate in GOOD_RATES]},
@@ -99,8 +100,12 @@ def test_an_adapter_that_turns_to_noise_after_its_promotion_is_rolled_back(tmp_p
     print(switches)
     assert [switch[1:] for switch in switches] == [("promotion", "one", "two@v1"), ("rollback", "two@v1", "one")]
     assert switches[1][0] - switches[0][0] <= PROBATION
-    noise = "FROM attempts JOIN proposers ON proposers.id = proposer_id WHERE name = 'two@v1' AND role = 'duel_champion'"
+    noise = (
+        "FROM attempts JOIN proposers ON proposers.id = proposer_id WHERE name = 'two@v1' AND role = 'duel_champion'"
+    )
     answered = asked(tmp_path, f"SELECT count(*) {noise} AND gain IS NOT NULL")[0][0]
     assert answered >= 3  # the noise was really asked, and what it proposed was really measured
-    last = asked(tmp_path, "SELECT name FROM attempts JOIN proposers ON proposers.id = proposer_id ORDER BY attempts.id")
+    last = asked(
+        tmp_path, "SELECT name FROM attempts JOIN proposers ON proposers.id = proposer_id ORDER BY attempts.id"
+    )
     assert last[-1] == ("one",)
