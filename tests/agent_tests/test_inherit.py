@@ -1,0 +1,108 @@
+"""`[router] inherit`: a campaign's challenger begins with what another campaign's champion learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overnight.agent import contest_events as events
+from overnight.agent.campaign import Campaign
+from overnight.agent.proposers.student import StudentProposer
+from overnight.agent.proposers.uniform import RandomProposer
+from overnight.agent.switching import by_hand
+from overnight.distill.base import find_base
+from overnight.distill.host import ModelHost
+from overnight.store.errors import CampaignError
+from overnight.store.sql_store import SqlStore
+
+from .campaigns import Recorder, campaign, run, runtime
+from .contests import rows
+from .test_distilling import DISTILL, KeptHost
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqlStore]:
+    store = SqlStore.open(tmp_path / "store.db", create=True)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module", name="host")
+def _host(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelHost]:
+    host = KeptHost(find_base(str(tiny_model), tiny_model), tmp_path_factory.mktemp("cache"), device="cpu")
+    yield host
+    ModelHost.close(host)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where campaigns of a student are played, all in one store."""
+
+    folder: Path
+    store: SqlStore
+    model: Path
+    host: ModelHost
+
+    def campaign(self, name: str, turns: int, **router: Any) -> Campaign:
+        found = campaign(
+            self.folder,
+            campaign={"name": name},
+            budget={"iterations": turns},
+            proposers={"student": {"kind": "student", "base_model": str(self.model), "device": "cpu"}},
+            router={"champion": "random", "challenger": "student", "duel_share": 0.0, **router},
+            distill={**DISTILL, "every": 8},
+        )
+        return replace(found, allowed=True)
+
+    def cast(self, of: Campaign) -> dict[str, Any]:
+        settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
+        student = StudentProposer("student", settings, self.host, menu=of.menu, adapter=None)
+        return {"random": RandomProposer("random"), "student": student}
+
+    def play(self, of: Campaign) -> Recorder:
+        seen = Recorder()
+        run(of, self.store, proposers=self.cast(of), hooks=[seen])
+        return seen
+
+    def promote(self, of: Campaign) -> None:
+        running = runtime(of, self.store, proposers=self.cast(of))
+        try:
+            by_hand(running, running.state(), 9, "promote_requested", {"proposer": "student"})
+        finally:
+            running.close()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, store: SqlStore, tiny_model: Path, host: ModelHost) -> Stage:
+    return Stage(tmp_path, store, tiny_model, host)
+
+
+@pytest.fixture
+def old(stage: Stage) -> Campaign:
+    """Return a campaign that distilled a version."""
+    of = stage.campaign("old", 9)
+    stage.play(of)
+    return of
+
+
+def test_the_challenger_is_the_other_campaigns_champion_until_it_has_learned_here(stage: Stage, old: Campaign) -> None:
+    stage.promote(old)
+    seen = stage.play(stage.campaign("new", 12, inherit="old", duel_share=0.5))
+    met = [(event.iteration, event.challenger) for event in seen.of(events.DuelSettled)]
+    assert {challenger for turn, challenger in met if turn < 8} == {"student@old/v1"}
+    assert {challenger for turn, challenger in met if turn > 9} == {"student@v1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "this store has no campaign `nowhere`"), ("old", "the champion of `old` has no adapter")],
+)
+@pytest.mark.usefixtures("old")
+def test_what_cannot_be_inherited_is_refused_in_a_line(stage: Stage, name: str, words: str) -> None:
+    with pytest.raises(CampaignError, match=f"`router.inherit`: {words}"):
+        stage.play(stage.campaign("new", 3, inherit=name, duel_share=0.5))
+    assert rows(stage.store, "SELECT count(*) FROM attempts WHERE campaign_id = 2") == [(0,)]
