@@ -51,6 +51,7 @@ docs: install
 flywheel: install
 	command -v nvidia-smi >/dev/null && for kind in python english records algebra; do \
 	  $(BIN)/python -P benchmarks/flywheel/students.py --kind $$kind --zero-shot || exit 1; done || true
+	command -v nvidia-smi >/dev/null && $(BIN)/python -P benchmarks/flywheel/within.py || true
 	$(BIN)/python -P benchmarks/flywheel/run.py
 	$(BIN)/python -P benchmarks/flywheel/summary.py
 

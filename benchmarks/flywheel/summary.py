@@ -37,6 +37,7 @@ CHECKS = (
 """Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
+WITHIN = ("teacher", "retrained", "routed")
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#e0a030", "#555555", "#00a5a5", "#a0522d")
 SHOWN = ("outcome-greedy", "student+tpe", "zero-shot", "tpe", "free-tpe", "random", "others", "cheat")
 
@@ -45,9 +46,10 @@ def load() -> tuple[dict[str, Curves], dict[str, dict[str, float]]]:
     """Read every arm's curves and what it spent, for the tasks and seeds that all of its file has."""
     found: dict[str, dict[tuple[str, int], dict[str, object]]] = defaultdict(dict)
     for file in sorted((HERE / "results").glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            result = json.loads(line)
-            found[result["arm"]][result["task"], result["seed"]] = result
+        if not file.name.startswith("within-"):
+            for line in file.read_text().splitlines():
+                result = json.loads(line)
+                found[result["arm"]][result["task"], result["seed"]] = result
     curves, spent = {}, {}
     for arm, results in found.items():
         seeds = sorted({seed for _, seed in results})
@@ -127,7 +129,7 @@ def markdown(curves: dict[str, Curves], spent: dict[str, dict[str, float]]) -> s
         lines.append(
             f"| {arm} | {s['trials']:.2f} | {s['repeats']:.3f} | {s['knobs']:.1f} | {own} | {1e3 * s['seconds']:.1f} |"
         )
-    lines += ["", "## Tasks", "", *_tasks()]
+    lines += [*_within(), "", "## Tasks", "", *_tasks()]
     return "\n".join(lines) + "\n"
 
 
@@ -139,6 +141,45 @@ def _ratio_line(one: str, other: str, mine: Curves, theirs: Curves) -> str:
         value, low, high = ratio(a[column][:, :seeds], b[column][:, :seeds])
         cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
     return f"| {one} | {other} | " + " | ".join(cells) + f" | {wins(a['10'], b['10'])} |"
+
+
+def _within() -> list[str]:
+    """The campaigns of `within.py`: what a student learned from its own campaign, and what the router made of it."""
+    results = {}
+    for arm in WITHIN:
+        file = HERE / "results" / f"within-{arm}.jsonl"
+        if not file.exists():
+            return []
+        results[arm] = {(r["task"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
+    common = sorted(set.intersection(*(set(found) for found in results.values())))
+    names = sorted({task for task, _ in common})
+    seeds = min(sum(task == name for task, _ in common) for name in names)
+    curves = {
+        arm: np.array([[found[key]["missing"] for key in common if key[0] == name][:seeds] for name in names])
+        for arm, found in results.items()
+    }
+    lines = [
+        "",
+        "## Within a campaign",
+        "",
+        f"{len(names)} tasks, {seeds} seeds; `within.py` says what the arms are.",
+        "",
+    ]
+    lines += ["| arm | 10 | 25 | 50 | area to 25 |", "|---|---|---|---|---|"]
+    for arm, found in curves.items():
+        cells = measures(found)
+        lines.append(
+            f"| {arm} | " + " | ".join(f"{cells[c].mean():.3f}" for c in ("10", "25", "50", "area to 25")) + " |"
+        )
+    lines += ["", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |", "|---|---|---|---|---|---|"]
+    lines += [_ratio_line(arm, "teacher", curves[arm], curves["teacher"]) for arm in WITHIN[1:]]
+    switches = [switch for found in results["routed"].values() for switch in found["switches"]]
+    lines += ["", "| the router | times | the new one banked more, by the truth |", "|---|---|---|"]
+    for kind in ("promotion", "rollback"):
+        made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
+        right = sum(s["new"] > s["old"] for s in made)
+        lines.append(f"| {kind} | {len(made)} in {len(results['routed'])} campaigns | {right} of {len(made)} |")
+    return lines
 
 
 def _preamble() -> list[str]:

@@ -25,7 +25,7 @@ GOOD_RATES = [round(0.003 * 1.02**i, 6) for i in range(60)]
 """The quickstart's `lr` is 0.001: each of these gains several percent."""
 
 
-def a_campaign(folder: Path) -> None:
+def write_campaign(folder: Path, *, distill_every: int) -> None:
     """Write the quickstart with shorter trials: `one` knows good learning rates, `two` learns from the history."""
     spec = json.loads(json.dumps(load_campaign("quickstart").spec()))
     spec["campaign"] |= {"baseline": "fixed"}
@@ -46,9 +46,9 @@ def a_campaign(folder: Path) -> None:
         "duel_share": 0.0,
         "max_latency_s": 600.0,
     }
-    spec["distill"] |= {"every": WARM_TURNS, "min_rows": 8, "min_knobs": 2, "min_pairs": 4, "max_share": 1.0}
+    spec["distill"] |= {"every": distill_every, "min_rows": 8, "min_knobs": 2, "min_pairs": 4, "max_share": 1.0}
     spec["distill"] |= {"holdout": 3, "epochs": 1, "batch": 4, "accumulation": 1, "augment": []}
-    (folder / "mine").mkdir()
+    (folder / "mine").mkdir(exist_ok=True)
     (folder / "mine" / "campaign.toml").write_text(tomlkit.dumps(without_none(spec)))
 
 
@@ -89,12 +89,13 @@ def turn_to_noise(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S)
 def test_an_adapter_that_turns_to_noise_after_its_promotion_is_rolled_back(tmp_path: Path) -> None:
-    a_campaign(tmp_path)
+    write_campaign(tmp_path, distill_every=WARM_TURNS)
     overnight(tmp_path, "run", "mine", "--iterations", str(WARM_TURNS + 1))
     assert asked(tmp_path, "SELECT version, failure FROM distillations") == [(1, None)]
     overnight(tmp_path, "promote", "mine", "two", "--reason", "to see it fall")
     (folder,) = asked(tmp_path, "SELECT adapter FROM distillations")[0]
     turn_to_noise(Path(folder))
+    write_campaign(tmp_path, distill_every=200)
     overnight(tmp_path, "run", "mine", "--iterations", str(WARM_TURNS + 1 + PROBATION))
     switches = asked(tmp_path, "SELECT iteration, kind, from_proposer, to_proposer FROM promotion_log ORDER BY id")
     print(switches)
