@@ -193,6 +193,10 @@ def reigns(switches: Sequence[Promotion]) -> list[Promotion]:
     return stack
 
 
+def _switches(runtime: Runtime, state: CampaignState) -> Sequence[Promotion]:
+    return runtime.store.promotions(state.id) if runtime.stood is None else runtime.stood.switches
+
+
 def _deposed(switches: Sequence[Promotion]) -> set[int]:
     """Return who was rolled back: it does not challenge again, though a person may still promote it."""
     return {switch.from_proposer_id for switch in switches if switch.kind == "rollback" and switch.from_proposer_id}
@@ -236,8 +240,7 @@ def seated(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
 
 def promoted_adapter(runtime: Runtime, state: CampaignState) -> str | None:
     """Return the version of the adapter that was promoted last and not rolled back."""
-    switches = runtime.store.promotions(state.id) if runtime.stood is None else runtime.stood.switches
-    promoted = (runtime.store.contestant(each.to_proposer_id) for each in reversed(reigns(switches)))
+    promoted = (runtime.store.contestant(each.to_proposer_id) for each in reversed(reigns(_switches(runtime, state))))
     versions = (adapter_version(contestant.description) for contestant in promoted)
     return next((version for version in versions if version is not None), None)
 
@@ -369,8 +372,8 @@ def weigh_pair(
         return len(met) + 1, weigh(more, share(alpha, len(met) + 1))
     pair = {"champion_id": champion_id, "challenger_id": challenger_id}
     if kind == "return":
-        switches = () if runtime.stood is None else runtime.stood.switches
-        after = next((each.iteration for each in reversed(switches) if each.kind == "promotion"), 0)
+        reign = reigns(_switches(runtime, state))
+        after = reign[-1].iteration if reign else 0
         return 1, weigh([*store.items_between(state.id, **pair, kind=kind, after=after), *more], alpha)
     met = list(store.challenges(state.id))
     number = met.index((champion_id, challenger_id)) + 1 if (champion_id, challenger_id) in met else len(met) + 1

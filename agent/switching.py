@@ -318,18 +318,23 @@ def named(runtime: Runtime, state: CampaignState, name: str) -> Proposer:
         if version:
             raise InputError(f"`{bare}` is no student, so it has no version `{version}`; leave `@{version}` out")
         return plain
-    if not version and isinstance(plain, OpenAIProposer):
-        return contest.seated(runtime, state, bare)
-    if not version:
-        newest = runtime.store.newest_adapter(state.id, bare)
-        return plain if newest is None else contest.with_adapter(runtime, plain, newest[1], newest[2])
-    folder = contest.adapter_folder(runtime, state, plain, version)
-    if folder is None:
-        raise InputError(f"campaign `{runtime.name}` has no adapter `{version}` of `{bare}`; see `distillations`")
-    found = contest.with_adapter(runtime, plain, version, folder)
+    found = _version_of(runtime, state, plain, version)
     if isinstance(found, contest.Unusable):
-        raise InputError(f"`{name}` cannot be promoted: {found.why}")
+        raise InputError(f"`{label_of(found)}` cannot be promoted: {found.why}")
     return found
+
+
+def _version_of(runtime: Runtime, state: CampaignState, plain: contest.AdapterProposer, version: str) -> Proposer:
+    if version:
+        folder = contest.adapter_folder(runtime, state, plain, version)
+        if folder is None:
+            words = f"has no adapter `{version}` of `{plain.name}`; see `distillations`"
+            raise InputError(f"campaign `{runtime.name}` {words}")
+        return contest.with_adapter(runtime, plain, version, folder)
+    if isinstance(plain, OpenAIProposer):
+        return contest.seated(runtime, state, plain.name)
+    newest = runtime.store.newest_adapter(state.id, plain.name)
+    return plain if newest is None else contest.with_adapter(runtime, plain, newest[1], newest[2])
 
 
 def weighed(

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from overnight.agent import contest
 from overnight.agent import contest_events as events
 from overnight.agent.evidence import e_value, share
 from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.run import run_campaign
 from overnight.agent.runtime import Runtime
 from overnight.agent.switching import by_hand
@@ -20,6 +22,7 @@ from overnight.store.sql_store import SqlStore
 
 from .campaigns import Recorder, run, runtime
 from .contests import contested, rows, said, sides, toward
+from .test_race import distilled, student
 
 
 @pytest.fixture
@@ -190,6 +193,39 @@ def test_a_switch_that_makes_no_sense_is_refused(
     with pytest.raises(InputError, match=words):
         hand(of, store, proposers, kind, proposer=who)
     assert champions(store) == []
+
+
+@pytest.mark.parametrize("who", ["two", "two@v1"])
+def test_an_adapter_that_is_gone_is_not_promoted(tmp_path: Path, store: SqlStore, tiny_model: Path, who: str) -> None:
+    of = contested(tmp_path, budget={"iterations": 1}, router={"duel_share": 0.0})
+    run(of, store, proposers=sides(toward(of, 0.5), []))
+    distilled(store, tmp_path / "nowhere", cut=None, iteration=1)
+    proposers = {**sides(toward(of, 0.5), []), "two": student(of, tiny_model, tmp_path)}
+    with pytest.raises(InputError, match=r"`two@v1` cannot be promoted: .*nowhere"):
+        hand(of, store, proposers, "promote_requested", proposer=who)
+    assert champions(store) == []
+
+
+def test_after_a_rollback_all_duels_of_the_reign_that_goes_on_count(tmp_path: Path, store: SqlStore) -> None:
+    router = {"explore": 0.0, "alpha": 0.01}
+    proposers = sides(toward(contested(tmp_path), 0.5), toward(contested(tmp_path), 0.5))
+    cast = {**proposers, "random": ScriptedProposer("random", toward(contested(tmp_path), 0.5))}
+    tables: dict[str, Any] = {"router": router, "proposers": {"random": {"kind": "random"}}}
+    run(contested(tmp_path, budget={"iterations": 1}, **tables), store, proposers=cast)
+    of = contested(tmp_path, budget={"iterations": 7}, **tables)
+    hand(of, store, cast, "promote_requested", proposer="two")
+    run(of, store, proposers=cast)
+    ((fought,),) = rows(store, "SELECT count(item) FROM duels WHERE kind = 'return'")
+    hand(of, store, cast, "promote_requested", proposer="random")
+    hand(of, store, cast, "rollback_requested")
+    running: Runtime = runtime(of, store, proposers=cast)
+    try:
+        back = contest.standing(running, running.state()).returning
+    finally:
+        running.close()
+    assert fought >= 3
+    assert back is not None
+    assert back.duels == fought
 
 
 def test_a_running_campaign_does_what_a_person_asks_between_two_turns(tmp_path: Path, store: SqlStore) -> None:
