@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from overnight.agent import contest
 from overnight.agent.answers import DRAWS, answer_turn
@@ -66,6 +67,8 @@ class Plan:
     distillation: Distillation | None
     contenders: Sequence[Contender] = field(default_factory=list)
     challenger_id: int | None = None
+    made_here: frozenset[Path] = frozenset()
+    """Folders of the adapters that this campaign's distillations made: only those know this store's attempts."""
 
 
 def look_back(runtime: Runtime, state: CampaignState, *, draws: int = DRAWS) -> int:
@@ -124,6 +127,9 @@ def plan_race(runtime: Runtime, state: CampaignState) -> Plan:
         distillation=distillation,
         contenders=list(contenders.values()),
         challenger_id=challenger_id,
+        made_here=frozenset(
+            Path(each.adapter).resolve() for each in runtime.store.distillations(state.id) if each.adapter
+        ),
     )
 
 
@@ -159,7 +165,10 @@ def _held_out(runtime: Runtime, state: CampaignState, distillation: Distillation
 
 
 def find_leak(plan: Plan) -> str | None:
-    """Say which held-out turn was in the training rows of a contender, by its attempt or by the hash of its prompt."""
+    """Say which held-out turn was in the training rows of a contender, by its attempt or by the hash of its prompt.
+
+    Attempts are numbers that mean something in one store alone: an adapter from elsewhere is judged by its prompts.
+    """
     for contender in plan.contenders:
         proposer = contender.proposer
         if not isinstance(proposer, contest.AdapterProposer) or proposer.adapter is None:
@@ -170,6 +179,8 @@ def find_leak(plan: Plan) -> str | None:
             continue  # trained elsewhere, or not readable: then it does not load either
         trained = told if isinstance(told, dict) else {}
         attempts, prompts = set(trained.get("attempts") or ()), set(trained.get("prompts") or ())
+        if proposer.adapter.resolve() not in plan.made_here:
+            attempts = set()
         for turn in plan.turns:
             if turn.attempt_id in attempts or turn.prompt_id in prompts:
                 what = "attempt" if turn.attempt_id in attempts else "prompt"
@@ -188,11 +199,13 @@ def _answer_all(runtime: Runtime, state: CampaignState, plan: Plan, race_id: int
         if runtime.pause_wanted() is not None:
             raise PauseRequested
         with runtime.waiting():
-            items = [item for who in plan.contenders for item in answer_turn(runtime, state, turn, who, draws)]
+            items = []
+            for who in plan.contenders:
+                items += answer_turn(runtime, state, turn, who, draws)
+                runtime.renew()
         with runtime.writing() as writer:
             for item in items:
                 writer.race_item(race_id, item)
-        runtime.renew()
         runtime.emit(RaceStepped(campaign=runtime.name, done=number, items=len(plan.turns)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,23 @@ from overnight.agent.proposers.protocol import Ask, change_key, reply_text
 from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
-from overnight.agent.race import look_back
+from overnight.agent.race import find_leak, look_back, plan_race
 from overnight.agent.race_measure import measure_picks
 from overnight.agent.run import prepared
 from overnight.agent.runtime import Runtime
 from overnight.distill.base import find_base
 from overnight.distill.host import ModelHost
 from overnight.report.races import items_of
+from overnight.store.clock import running_on
 from overnight.store.errors import ProposerError
 from overnight.store.learning import NewDistillation
+from overnight.store.lease import REMOTE_SILENCE
 from overnight.store.sql_store import SqlStore
 from overnight.store.tables import utc_now
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
 from .campaigns import Recorder, first_move, run, runtime
+from .clocks import FakeClock
 from .contests import contested, rows, said, sides, toward
 
 ALONE = {"challenger": None, "controls": ["two"]}
@@ -242,6 +246,25 @@ def test_a_held_out_turn_that_was_trained_on_fails_the_race(
     assert "leak" in weighed.words
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("another", "no leak"), ("that turn's", "leak: the prompt of held-out turn 5 was in")]
+)
+def test_an_adapter_of_another_store_is_judged_by_its_prompts_alone(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, prompt: str, words: str
+) -> None:
+    """Attempts have small numbers in every store, so that equal ones say nothing."""
+    of = played(tmp_path, store)
+    ((held_id, held_prompt),) = rows(store, "SELECT id, prompt_id FROM attempts WHERE iteration = 5")
+    folder = adapter(tmp_path / "elsewhere", [held_id], ["0" * 64] if prompt == "another" else [held_prompt])
+    foreign = student(of, tiny_model, tmp_path).with_adapter("v1", folder)
+    running: Runtime = runtime(of, store, proposers={**sides(first_move, []), "two": foreign})
+    try:
+        leak = find_leak(plan_race(running, running.state()))
+    finally:
+        running.close()
+    assert (leak or "no leak").startswith(words)
+
+
 def test_without_a_leak_the_race_is_run(tmp_path: Path, store: SqlStore, tiny_model: Path) -> None:
     played(tmp_path, store)
     attempts = rows(store, "SELECT id, prompt_id FROM attempts ORDER BY iteration")
@@ -265,3 +288,19 @@ def test_a_student_whose_adapter_is_gone_stops_nothing(tmp_path: Path, store: Sq
     ((verdict,),) = rows(store, "SELECT verdict FROM races")
     assert "not looked back at" in verdict
     assert rows(store, "SELECT count(*) FROM promotions") == [(0,)]
+
+
+def test_the_lease_is_kept_while_contenders_think(tmp_path: Path, store: SqlStore) -> None:
+    clock, silent = FakeClock(), []
+
+    def thinks(ask: Ask) -> str:
+        clock.now += 15.0
+        ((seen_at,),) = rows(store, "SELECT lease_seen_at FROM campaigns")
+        silent.append(clock.now - datetime.fromisoformat(seen_at).timestamp())
+        return first_move(ask)
+
+    of = played(tmp_path, store)
+    with running_on(clock):
+        looked_back(of, store, sides(thinks, thinks), draws=5)
+    assert len(silent) == 3 * (4 + 5)
+    assert max(silent) < REMOTE_SILENCE.total_seconds()
