@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,13 +89,14 @@ def moment_of(runtime: Runtime, state: CampaignState, turn: HeldOutTurn) -> Then
     baseline = {name: stored[name] for name in menu.by_name if name in stored}
     beside = {name: value for name, value in stored.items() if name not in menu.by_name}
     others = _rails(runtime)
-    moves = list(menu.moves(baseline, refinement=runtime.store.refinement_at(state.id, turn.started_at)))
+    refinement = bisect_right(runtime.store.refinements(state.id), turn.started_at)
+    moves = list(menu.moves(baseline, refinement=refinement))
     rails = others
     if "R6_novelty" not in runtime.campaign.file.rails.skip:
         configs = [{**menu.apply(baseline, move), **beside} for move in moves]
-        done = runtime.earlier(state, configs, before=turn.iteration)
+        done = runtime.earlier(state, configs, before=turn.asked_in)
         moves = [move for move, words in zip(moves, done, strict=True) if words is None]
-        novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.iteration)[0])
+        novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.asked_in)[0])
         rails = [novelty, *others]
     candidates = {
         move: Candidate(menu, baseline, Proposal(move.knob, move.value, ""), menu.apply(baseline, move))
@@ -146,7 +148,7 @@ def _ask(runtime: Runtime, state: CampaignState, moment: Then, who: Contender, d
         baseline=moment.baseline,
         baseline_metric=turn.baseline_metric,
         moves=moment.moves,
-        history=_Past(StoredHistory(runtime.store, state.id, before=turn.attempt_id), runtime.campaign.menu),
+        history=_Past(StoredHistory(runtime.store, state.id, before=turn.asked_as), runtime.campaign.menu),
         seed=runtime.draw_seed("race", turn.iteration, draw),
     )
     try:

@@ -9,7 +9,8 @@ teach what trials take: before the first one nothing is reserved.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -95,6 +96,25 @@ def check_trial(runtime: Runtime, state: CampaignState, purpose: Purpose) -> Non
         short = _short_of(runtime, state, runtime.store.spent(state.id), costs)
         if short is not None:
             raise BudgetSpent(short)
+
+
+def time_left(runtime: Runtime, state: CampaignState) -> float:
+    """Return the seconds until the look at the holdout has to begin, or this run has to pause; inf without a limit."""
+    left = math.inf
+    if runtime.deadline is not None:
+        left = runtime.deadline - costs_of(runtime, state).finish_s - runtime.clock()
+    return left if runtime.until is None else min(left, runtime.until - runtime.clock())
+
+
+@contextmanager
+def ending_in_time(runtime: Runtime, state: CampaignState) -> Iterator[None]:
+    """Let what is inside take no time that the end of the campaign needs: `Runtime.idle` raises BudgetSpent then."""
+    if runtime.deadline is not None:
+        runtime.trial_ends_by = runtime.deadline - costs_of(runtime, state).finish_s
+    try:
+        yield
+    finally:
+        runtime.trial_ends_by = None
 
 
 def _short_of(runtime: Runtime, state: CampaignState, spent: Spent, costs: Costs | None = None) -> str | None:

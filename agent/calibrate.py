@@ -30,7 +30,7 @@ def calibrate(runtime: Runtime) -> None:
         BudgetSpent: a budget ends before the baseline is measured.
     """
     state = runtime.state()
-    _check_same_trainer(runtime, state)
+    check_same_trainer(runtime, state)
     if state.environment_hash == runtime.environment_hash and state.baseline_config_id is not None:
         return
     baseline = (
@@ -45,11 +45,16 @@ def calibrate(runtime: Runtime) -> None:
     _conclude(runtime, state, baseline)
 
 
-def _check_same_trainer(runtime: Runtime, state: CampaignState) -> None:
+def check_same_trainer(runtime: Runtime, state: CampaignState) -> None:
+    """Refuse a trainer whose results would not compare with those that are stored.
+
+    Raises:
+        CampaignError: its data, its settings or its function changed since the campaign began.
+    """
     if state.trainer_hash is not None and state.trainer_hash != runtime.trainer_hash:
         raise CampaignError(
-            f"campaign `{runtime.name}`: the trainer's data or settings changed since it began; put them back, "
-            "or start a new one with `--fresh`"
+            f"campaign `{runtime.name}`: the trainer's data or settings changed since it began; put them back, or "
+            "start a new campaign (`overnight run --fresh`, or another `name`)"
         )
 
 

@@ -17,13 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from overnight.agent.budget import ending_in_time, time_left
 from overnight.agent.campaign import Campaign
 from overnight.agent.campaign_file import DistillSection
 from overnight.agent.events import Distilled, DistillFailed, DistillStarted, DistillStepped, DistillWaiting
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
-from overnight.agent.state import TurnState, TurnUpdate
+from overnight.agent.state import BudgetSpent, TurnState, TurnUpdate
 from overnight.agent.turns import prompt_frame
 from overnight.distill.adapter import AdapterFacts, read_record, sweep_unfinished
 from overnight.distill.corpus import Corpus, CorpusSettings, build_corpus, reconstruct_prompts
@@ -37,6 +38,8 @@ from overnight.store.tables import utc_now
 
 Due = Literal["due", "waiting", "no"]
 WAITING = "distill_waiting"
+FIRST_S = 60.0
+"""What a first distillation is planned with, in seconds: nobody knows yet."""
 _VERSION = re.compile(r"v(\d+)")
 
 
@@ -51,11 +54,9 @@ def distill_due(runtime: Runtime, state: CampaignState, iteration: int) -> Due:
 
 
 def _in_time(runtime: Runtime, state: CampaignState) -> bool:
-    """Say whether a distillation would be over before `budget.until`, if it takes what the last one took."""
-    if runtime.deadline is None:
-        return True
+    """Say whether a distillation would be over in time, if it takes what the last one took."""
     last = runtime.store.last_distillation(state.id)
-    return runtime.clock() + (last.wall_s or 0.0 if last is not None else 0.0) < runtime.deadline
+    return (FIRST_S if last is None else last.wall_s or 0.0) < time_left(runtime, state)
 
 
 def say_waiting(runtime: Runtime, state: CampaignState, iteration: int) -> None:
@@ -110,6 +111,7 @@ def train_student(
     Raises:
         CorpusRefusedError: with `refuse`, the history cannot teach yet; nothing is recorded.
         PauseRequested: a pause that cannot wait; nothing is recorded.
+        LeaseHeldError: another process runs the campaign.
         LeaseLostError, StoreError: as every write.
     """
     started, clock = utc_now(), time.perf_counter()
@@ -118,6 +120,8 @@ def train_student(
     version: int | None = None
     trained: TrainedReply | None = None
     failure: str | None = None
+    with runtime.writing():
+        pass  # this process' campaign: nobody else's training lies in the folder that is swept
     try:
         corpus = corpus_of(runtime)
         forget_cut_off(runtime.store, runtime.state(), corpus)
@@ -128,7 +132,9 @@ def train_student(
         if refuse:
             raise
         failure = str(refused)
-    except (CampaignError, ProposerError, AssertionError) as error:
+    except BudgetSpent as spent:
+        failure = f"ended after {time.perf_counter() - clock:.0f} s: the end of the campaign needs the time (`{spent}`)"
+    except (CampaignError, ProposerError, AssertionError, OSError) as error:
         failure = " ".join(str(error).split())
     new = NewDistillation(
         iteration=iteration,
@@ -148,7 +154,8 @@ def train_student(
         writer.distillation(new)
         _tell(runtime, new, trained)
     if failure is None:
-        prune(runtime.store, runtime.state(), section.keep_adapters)
+        with suppress(OSError):  # one that cannot be removed stays
+            prune(runtime.store, runtime.state(), section.keep_adapters)
     return new
 
 
@@ -210,7 +217,7 @@ def _train(runtime: Runtime, student: StudentProposer, corpus: Corpus, iteration
         runtime.idle()
 
     runtime.trainer.release()
-    with runtime.waiting():
+    with runtime.waiting(), ending_in_time(runtime, runtime.state()):
         return student.host.train(
             corpus.rows,
             recipe=recipe_of(section),

@@ -198,8 +198,14 @@ def _enter(visitor: Visitor, after: frozenset[StageName], state: TurnState) -> R
     """Go on where the store says."""
     visitor.enter()
     runtime = visitor.runtime
-    if state["campaign"] != runtime.name:
-        raise InputError(f"this graph runs campaign `{runtime.name}`, not `{state['campaign']}`; build one for that")
+    asked = state.get("campaign")
+    if asked is None:
+        raise InputError(
+            f"this graph needs `campaign` in its input (here `{runtime.name}`): the parent's state needs a key of that "
+            "name, set before this node"
+        )
+    if asked != runtime.name:
+        raise InputError(f"this graph runs campaign `{runtime.name}`, not `{asked}`; build one for that")
     return _node(_entrance(stages.next_stage(runtime), after))
 
 

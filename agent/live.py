@@ -2,7 +2,9 @@
 
 A consumer of the event stream keeps it in memory; a thread writes it beside the store, whole, once a second at most and
 only when something changed, so that the loop pays nothing for it. It is about the present: the store alone says what
-was measured. The file goes when the run ends; after a crash it names a process that is gone, and counts for nothing.
+was measured. It is the lease holder's: nothing is written before the run's first event, which comes under the lease, and
+the file goes when the run ends, if it is still this run's. After a crash it names a process that is gone, and counts for
+nothing.
 """
 
 from __future__ import annotations
@@ -87,30 +89,31 @@ class LiveFile:
 
     def __init__(self, path: Path, limits: Callable[[], Limits] = Limits) -> None:
         self._path = path
-        self._draft = path.with_name(f"{path.name}.part")
+        self._draft = _draft(path)
         self._limits = limits
         self._pace = _Pace()
         self._owner, self._started = this_process(), clock.time()
         self._doing, self._since = "starting", self._started
         self._step: events.TrialStepped | None = None
+        self._is_ours = False
         self._changed = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="overnight-live", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin to write."""
-        self._changed.set()
+        """Begin to listen."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write no more, and remove the file."""
+        """Write no more, and remove what this run wrote."""
         self._ended.set()
         self._changed.set()
         self._thread.join()
-        for path in (self._draft, self._path):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        if read_live(self._path, self._owner) is not None:
+            for path in (self._draft, self._path):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def on_event(self, event: events.Event) -> None:
         """Take an event in; the file follows within a second."""
@@ -118,6 +121,9 @@ class LiveFile:
             self._step = event
         else:
             self._take(event, clock.time())
+        if not self._is_ours:
+            self._is_ours = True
+            self._write()  # at once: what a killed run left is this run's from here on
         self._changed.set()
 
     def _take(self, event: events.Event, now: float) -> None:
@@ -151,10 +157,14 @@ class LiveFile:
         while not self._ended.is_set():
             self._changed.wait()
             self._changed.clear()
-            with suppress(OSError):  # a full disk is told about elsewhere
-                self._draft.write_text(json.dumps(asdict(self._live())))
-                self._draft.replace(self._path)
+            if self._is_ours and not self._ended.is_set():
+                self._write()
             self._ended.wait(EVERY_S)
+
+    def _write(self) -> None:
+        with suppress(OSError):  # a full disk is told about elsewhere
+            self._draft.write_text(json.dumps(asdict(self._live())))
+            self._draft.replace(self._path)
 
 
 def beside(db: str, campaign: str, ending: str) -> Path:
@@ -167,6 +177,18 @@ def beside(db: str, campaign: str, ending: str) -> Path:
 def live_file(db: str, campaign: str) -> Path:
     """Return where a running campaign says what it is doing."""
     return beside(db, campaign, "live.json")
+
+
+def forget_live(db: str, campaign: str) -> None:
+    """Remove what a killed run said of itself."""
+    path = live_file(db, campaign)
+    for each in (path, _draft(path)):
+        with suppress(OSError):
+            each.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def read_live(path: Path, owner: str) -> Live | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from overnight.agent.cli.status import STATUS_COLUMNS, status_row
 from overnight.rails.gate import Verdict
 from overnight.report.analysis import analyse
 from overnight.report.text import text_report
-from overnight.store.errors import InputError
+from overnight.store.errors import CampaignError, InputError
 from overnight.store.lease import is_held
 from overnight.store.protocol import CampaignState
 from overnight.store.read_only import read_store
@@ -51,7 +52,8 @@ def status(db: str, campaign: str) -> dict[str, Any]:
     def read(store: SqlStore, state: CampaignState) -> dict[str, Any]:
         told = _status(store, state.name)
         told["pending_proposals"] = len(store.pending_requests(state.id))
-        told["menu"] = {knob.name: knob.describe() for knob in stored_campaign(state).menu.knobs}
+        with suppress(CampaignError):  # an imported history has no menu of its own
+            told["menu"] = {knob.name: knob.describe() for knob in stored_campaign(state).menu.knobs}
         if state.baseline_config_id is not None:
             told["baseline"] = store.config_of(state.baseline_config_id)
         return told

@@ -293,6 +293,8 @@ def race(runtime: Runtime, state: TurnState) -> TurnUpdate:  # noqa: ARG001
         racing.look_back(runtime, runtime.state())
     except PauseRequested:
         return {"stage": "done", "stop_reason": "paused"}
+    except BudgetSpent as spent:
+        return {"stage": "finish", "stop_reason": spent.reason}
     return _onward(runtime)
 
 

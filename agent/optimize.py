@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -104,16 +105,35 @@ def optimize(
     }
     campaign = Campaign.from_dict({**tables, **(rules if constraints else {})})
     folder = None if db is not None else tempfile.mkdtemp(prefix="overnight-")
+    if folder is not None:
+        _TEMPORARY[folder] = 0
     try:
         where = str(db) if folder is None else f"{folder}/overnight.db"
         result = _run(campaign, fn, where, proposers=proposers, hooks=hooks, progress=progress)
     except BaseException:  # raised on: Ctrl-C too leaves no temporary database behind
         if folder is not None:
+            del _TEMPORARY[folder]
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if folder is not None:
-        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    _keep_while_used(result, folder or str(Path(where).parent))
     return result
+
+
+_TEMPORARY: Counter[str] = Counter()
+"""How many results read each temporary folder: it goes with the last, as a later call may have gone on in it."""
+
+
+def _keep_while_used(result: Result, folder: str) -> None:
+    if folder in _TEMPORARY:
+        _TEMPORARY[folder] += 1
+        weakref.finalize(result, _let_go, folder)
+
+
+def _let_go(folder: str) -> None:
+    _TEMPORARY[folder] -= 1
+    if not _TEMPORARY[folder]:
+        del _TEMPORARY[folder]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _proposers(proposer: Search | Mapping[str, object] | Proposer) -> tuple[dict[str, Proposer] | None, dict[str, Any]]:
@@ -140,8 +160,9 @@ def _run(
     progress: bool,
 ) -> Result:
     from overnight.agent.budget import is_over
+    from overnight.agent.calibrate import check_same_trainer
     from overnight.agent.cli.progress import progress_hook
-    from overnight.agent.run import open_runtime, run_campaign
+    from overnight.agent.run import open_runtime, prepared, run_campaign
     from overnight.agent.signals import PauseSwitch
     from overnight.store.sql_store import SqlStore
 
@@ -153,7 +174,10 @@ def _run(
         stack.callback(runtime.close)
         runtime.waits_out_faults = False
         state = store.campaign(campaign.name)
-        if state is None or state.status != "finished" or not is_over(runtime, state):
+        if state is not None and state.status == "finished" and is_over(runtime, state):
+            runtime.info = prepared(campaign, runtime.trainer)
+            check_same_trainer(runtime, state)
+        else:
             switch = PauseSwitch(on_signal=lambda name: LOG.warning("%s: pausing after the current trial", name))
             with _listening(switch):
                 run_campaign(runtime, switch=switch)

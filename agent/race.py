@@ -15,6 +15,7 @@ from pathlib import Path
 
 from overnight.agent import contest
 from overnight.agent.answers import DRAWS, answer_turn
+from overnight.agent.budget import ending_in_time, time_left
 from overnight.agent.contest import Standing, label_of, stored_id
 from overnight.agent.contest_events import RaceFinished, RaceStarted, RaceStepped, Weighed
 from overnight.agent.proposers.protocol import Proposer, Rewindable
@@ -22,6 +23,7 @@ from overnight.agent.race_gate import gate_on
 from overnight.agent.router import why_not
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
+from overnight.agent.state import BudgetSpent
 from overnight.agent.switching import weighed
 from overnight.agent.turns import prompt_frame
 from overnight.distill.adapter import read_record
@@ -196,9 +198,11 @@ def _answer_all(runtime: Runtime, state: CampaignState, plan: Plan, race_id: int
     for number, turn in enumerate(plan.turns, 1):
         if turn.attempt_id in done:
             continue
-        if runtime.pause_wanted() is not None:
+        if runtime.pause_wanted() is not None or (runtime.until is not None and runtime.clock() >= runtime.until):
             raise PauseRequested
-        with runtime.waiting():
+        if time_left(runtime, state) <= 0:
+            raise BudgetSpent("until")
+        with runtime.waiting(), ending_in_time(runtime, state):
             items = []
             for who in plan.contenders:
                 items += answer_turn(runtime, state, turn, who, draws)

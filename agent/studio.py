@@ -7,12 +7,16 @@ for the graph at every run and for every drawing; it gets the same one, so that 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from overnight.agent.graph import TurnGraph
+
+
+_LOCK = threading.Lock()
+_built: list[TurnGraph] = []
 
 
 async def make_graph() -> TurnGraph:
@@ -20,8 +24,15 @@ async def make_graph() -> TurnGraph:
     return await asyncio.to_thread(_graph)
 
 
-@functools.cache
 def _graph() -> TurnGraph:
+    """Return the one graph, also where two requests come first at once."""
+    with _LOCK:
+        if not _built:
+            _built.append(_build())
+        return _built[0]
+
+
+def _build() -> TurnGraph:
     from overnight.agent.campaign import load_campaign
     from overnight.agent.graph import build_graph
     from overnight.store.sql_store import SqlStore

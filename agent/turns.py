@@ -179,7 +179,9 @@ def prompt_frame(campaign: Campaign) -> Frame:
         lineage=file.prompt.lineage,
     )
     novelty = "R6_novelty" not in file.rails.skip
-    return Frame(facts=facts, menu=menu, recent=file.prompt.recent, novelty=novelty)
+    students = [table for table in file.proposers.values() if table.get("kind") == "student"]
+    neighbours = any(table.get("neighbours", True) for table in students)
+    return Frame(facts=facts, menu=menu, recent=file.prompt.recent, novelty=novelty, neighbours=neighbours)
 
 
 def without_forgery(attempt: Attempt) -> Attempt:

@@ -9,8 +9,9 @@ constant part is the same in all of them. Everything comes from before the cut.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,16 +46,31 @@ class Augmenter:
     def __init__(self, frame: Frame, lessons: Sequence[Lesson]) -> None:
         self._frame = frame
         self._lessons = lessons
-        self._by_baseline = list(distinct_baselines(lessons).values())
+        by_baseline = distinct_baselines(lessons)
+        self._by_baseline = list(by_baseline.values())
+        # What a prompt says of its configuration is no matter of the change that answered it: nothing here may tell
+        # one that failed, or that was measured often, from another.
+        self._metrics = {
+            key: _mean([each.attempt.baseline_metric for each in found]) for key, found in by_baseline.items()
+        }
+        self._gain_sd = _mean([gain_sd(lesson) for lesson in lessons])
 
-    def variant(self, kind: Variation, number: int, prompt: str, rng: random.Random) -> Variant | None:
-        """Return a variant of the lesson at index `number` with its stored prompt; None where none would differ."""
-        lesson, before = self._lessons[number], self._lessons[:number]
+    def variant(self, kind: Variation, number: int, asked: int, prompt: str, rng: random.Random) -> Variant | None:
+        """Return a variant of the lesson at index `number`, or None where none would differ.
+
+        Args:
+            kind: of variant.
+            number: the lesson's index.
+            asked: the index of the first lesson that its prompt does not tell of.
+            prompt: as it was stored.
+            rng: for the draws.
+        """
+        lesson, before = self._lessons[number], self._lessons[:asked]
         if kind == "permute":
             shuffled = shuffle_history(prompt, rng)
             return None if shuffled == prompt else Variant(shuffled, lesson, before)
         if kind == "earlier":
-            return self._earlier(lesson, number, rng)
+            return self._earlier(lesson, asked, rng)
         if kind == "subsample":
             return self._subsampled(lesson, before, rng)
         return self._synthetic(rng)
@@ -93,12 +109,17 @@ class Augmenter:
     def _rendered(self, lesson: Lesson, shown: Sequence[Lesson], turns: int) -> Variant:
         moment = Moment(
             baseline=lesson.baseline,
-            baseline_metric=lesson.attempt.baseline_metric,
+            baseline_metric=self._metrics[baseline_key(lesson.baseline)],
             shown=shown,
             turns=turns,
-            gain_sd=gain_sd(lesson),
+            gain_sd=self._gain_sd,
         )
         return Variant(render(self._frame, moment), lesson, shown)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _renumbered(lessons: Sequence[Lesson]) -> list[Lesson]:

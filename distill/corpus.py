@@ -21,7 +21,7 @@ from overnight.distill.lessons import Lesson, read_lessons
 from overnight.distill.objective import Objective, ObjectiveName
 from overnight.distill.rows import TrainingRow, rows_digest
 from overnight.distill.teaching import Item, Teacher, epochs_of
-from overnight.store.errors import CorpusRefusedError, StoreError
+from overnight.store.errors import CorpusRefusedError
 from overnight.store.hashing import JsonValue, text_digest
 from overnight.store.protocol import CampaignState, StoreWriter, TrajectoryStore
 
@@ -100,8 +100,8 @@ def build_corpus(
     """Build a campaign's corpus as its history stands, or as it stood after the turn `through`.
 
     Raises:
-        CorpusRefusedError: too few rows, or too alike; the message says what to run.
-        StoreError: a stored prompt is not the one that its hash names.
+        CorpusRefusedError: too few rows, or too alike, and the message says what to run; or a stored prompt is not the
+            one that its hash names.
     """
     lessons, excluded = read_lessons(store, state.id, frame.menu, through=through)
     items = _items(store, lessons, excluded)
@@ -153,14 +153,18 @@ def _items(store: TrajectoryStore, lessons: Sequence[Lesson], excluded: Counter[
     prompts = store.prompts_of(ids)
     changed = next((sha for sha, prompt in prompts.items() if text_digest(prompt) != sha), None)
     if changed is not None:
-        raise StoreError(f"the stored prompt `{changed[:12]}` was changed after it was written; restore a backup")
-    items = []
+        raise CorpusRefusedError(
+            f"the stored prompt `{changed[:12]}` was changed after it was written, so nothing can be learned from it; "
+            "restore a backup"
+        )
+    items, first = [], dict[str, int]()
     for number, lesson in enumerate(lessons):
         sha = lesson.attempt.prompt_id
         if sha is None:
             excluded["no prompt stored"] += 1
         else:
-            items.append(Item(number=number, lesson=lesson, prompt_id=sha, prompt=prompts[sha]))
+            asked = first.setdefault(sha, number)
+            items.append(Item(number=number, asked=asked, lesson=lesson, prompt_id=sha, prompt=prompts[sha]))
     return items
 
 
@@ -197,7 +201,7 @@ def _teacher(
     knowledge = Knowledge(lessons, sums, frame.menu, noise_sd=_noise_sd(state, lessons))
     scale = knowledge.scale(settings.temperature)
     objective = Objective(name=settings.objective, scale=scale, floor=settings.floor)
-    return Teacher(frame, objective, knowledge, lessons, write=settings.write)
+    return Teacher(frame, objective, knowledge, lessons, write=settings.write, writers=store.writers(state.id))
 
 
 def _training_rows(

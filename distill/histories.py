@@ -29,6 +29,8 @@ class Frame:
     """How many of the last attempts a prompt shows whole."""
     novelty: bool
     """Whether what was measured may not be proposed again (`R6_novelty`)."""
+    neighbours: bool = False
+    """Whether its student also scores the next values on either side of the current one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,15 @@ def _pair_total(knob: str, value: str, lessons: Sequence[Lesson]) -> PairTotal:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Legal:
+    """The legal changes of one configuration, each with what it makes of it."""
+
+    moves: Sequence[tuple[Change, ConfigKey]]
+    beside: Sequence[tuple[Change, ConfigKey]]
+    """The neighbours of the current values."""
+
+
 class OpenChanges:
     """Which changes may be proposed at a moment: legal ones of the grid, and those that were tried off it.
 
@@ -113,12 +124,15 @@ class OpenChanges:
         self._first: dict[ConfigKey, int] = {baseline_key(frame.menu.default): -1}
         for number, lesson in enumerate(tried):
             self._first.setdefault(changed_key(frame.menu, lesson.baseline, lesson.change), number)
-        self._legal: dict[ConfigKey, list[tuple[Change, ConfigKey]]] = {}
+        self._legal: dict[tuple[ConfigKey, int], _Legal] = {}
 
-    def at(self, baseline: Config, is_done: Callable[[ConfigKey], bool]) -> list[Change]:
-        """Return the open changes of `baseline`, where `is_done` says of what configurations nothing new is to come."""
-        found = self._of(baseline)
-        return [change for change, key in found if not (self._frame.novelty and is_done(key))]
+    def at(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> list[Change]:
+        """Return what was open when a lesson was proposed, where `is_done` says what nothing new was to come of."""
+        legal = self._of(lesson.baseline, lesson.refinement)
+        found = [change for change, key in legal.moves if not (self._frame.novelty and is_done(key))]
+        knobs, known = {change.knob for change in found}, set(found)
+        beside = (change for change, key in legal.beside if change.knob in knobs and not is_done(key))
+        return [*found, *(change for change in beside if change not in known)]
 
     def before(self, number: int) -> Callable[[ConfigKey], bool]:
         """Return what was done with when the lesson at index `number` was proposed."""
@@ -132,11 +146,12 @@ class OpenChanges:
         done.add(baseline_key(menu.default))
         return done.__contains__
 
-    def _of(self, baseline: Config) -> list[tuple[Change, ConfigKey]]:
-        key = baseline_key(baseline)
+    def _of(self, baseline: Config, refinement: int) -> _Legal:
+        key = baseline_key(baseline), refinement
         if key not in self._legal:
             menu = self._frame.menu
-            moves = list(menu.moves(baseline))
+            moves = list(menu.moves(baseline, refinement=refinement))
+            beside = menu.neighbours(baseline, menu.by_name) if self._frame.neighbours else ()
             known = set(moves)
             for change in self._tried:
                 legal = change.value != baseline[change.knob] and not menu.broken_constraint(
@@ -144,7 +159,10 @@ class OpenChanges:
                 )
                 if legal and change not in known and not menu.by_name[change.knob].problem(change.value):
                     moves.append(change)
-            self._legal[key] = [(change, changed_key(menu, baseline, change)) for change in moves]
+            self._legal[key] = _Legal(
+                [(change, changed_key(menu, baseline, change)) for change in moves],
+                [(change, changed_key(menu, baseline, change)) for change in beside],
+            )
         return self._legal[key]
 
 

@@ -7,6 +7,7 @@ here, and is counted under why.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Lesson:
     baseline: Config
     """The menu's knobs alone, in its order."""
     change: Change
+    refinement: int = 0
+    """How often the grids had been refined when it was proposed."""
 
     @property
     def failed(self) -> bool:
@@ -64,6 +67,11 @@ def read_lessons(
     baselines: dict[str, Config | None] = {}
     lessons, excluded = [], Counter[str]()
     failures = store.harness_failures(campaign_id) if through is None else 0
+    times = store.refinements(campaign_id)
+
+    def refined(at: str) -> int:
+        return bisect_right(times, at)
+
     if failures:
         excluded["harness failure"] = failures
     for attempt in store.teaching(campaign_id, through=through):
@@ -77,7 +85,7 @@ def read_lessons(
         elif baseline is None:
             excluded["baseline not on the menu"] += 1
         else:
-            lessons.append(Lesson(attempt, baseline, change))
+            lessons.append(Lesson(attempt, baseline, change, refined(attempt.started_at)))
     return lessons, excluded
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from overnight.distill.augment import Augmenter, Variation
@@ -23,6 +23,8 @@ class Item:
 
     number: int
     """Its place among the lessons."""
+    asked: int
+    """The place of the first lesson that answered its prompt: a duel's second side answers the prompt of the first."""
     lesson: Lesson
     prompt_id: str
     prompt: str
@@ -42,24 +44,34 @@ class Teacher:
         knowledge: of these lessons.
         lessons: in the order of turns.
         write: weight of a whole reply beside `outcome`'s choice; 0: none.
+        writers: names of the proposers whose reasons are words of their own; the others' are not taught.
     """
 
     def __init__(
-        self, frame: Frame, objective: Objective, knowledge: Knowledge, lessons: Sequence[Lesson], *, write: float = 0.0
+        self,
+        frame: Frame,
+        objective: Objective,
+        knowledge: Knowledge,
+        lessons: Sequence[Lesson],
+        *,
+        write: float = 0.0,
+        writers: Collection[str] = (),
     ) -> None:
         self.knowledge = knowledge
         self._objective, self._write = objective, write
         self._open = OpenChanges(frame, lessons)
-        self._reasons = {lesson.change: lesson.attempt.reason or "" for lesson in lessons}
+        self._reasons = {
+            lesson.change: lesson.attempt.reason or "" for lesson in lessons if lesson.attempt.proposer in writers
+        }
         self._augmenter = Augmenter(frame, lessons)
 
     def stored(self, item: Item) -> TrainingRow | None:
         """Return the row of a stored prompt, or None where it would teach nothing."""
-        return self._row(item.id, item.prompt, item.lesson, self._open.before(item.number))
+        return self._row(item.id, item.prompt, item.lesson, self._open.before(item.asked))
 
     def varied(self, item: Item, kind: Variation, rng: random.Random) -> TrainingRow | None:
         """Return the row of a variant of a stored prompt, or None where there is none or it would teach nothing."""
-        variant = self._augmenter.variant(kind, item.number, item.prompt, rng)
+        variant = self._augmenter.variant(kind, item.number, item.asked, item.prompt, rng)
         if variant is None:
             return None
         done = self._open.among(variant.shown)
@@ -67,7 +79,7 @@ class Teacher:
 
     def open_changes(self, item: Item) -> list[Change]:
         """Return the changes that were open when a stored prompt was asked."""
-        return self._open.at(item.lesson.baseline, self._open.before(item.number))
+        return self._open.at(item.lesson, self._open.before(item.asked))
 
     def _row(
         self, row_id: str, prompt: str, lesson: Lesson, is_done: Callable[[ConfigKey], bool]
@@ -82,7 +94,7 @@ class Teacher:
     def _outcome(
         self, row_id: str, prompt: str, lesson: Lesson, is_done: Callable[[ConfigKey], bool]
     ) -> TrainingRow | None:
-        changes = self._open.at(lesson.baseline, is_done)
+        changes = self._open.at(lesson, is_done)
         if len(changes) < 2:
             return None
         known = [self.knowledge.gain(lesson.baseline, change) for change in changes]

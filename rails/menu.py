@@ -124,6 +124,15 @@ class Knob:
         values = {self._grid_point(i / (points - 1)) for i in range(points)}
         return tuple(sorted(values, key=float))
 
+    def beside(self, value: KnobValue) -> list[KnobValue]:
+        """Return the next values below and above `value` on a range's once refined grid; nothing for choices."""
+        if self.choices:
+            return []
+        grid = self.grid(1)
+        below = [each for each in grid if float(each) < float(value)]
+        above = [each for each in grid if float(each) > float(value)]
+        return [*below[-1:], *above[:1]]
+
     def _grid_point(self, fraction: float) -> KnobValue:
         assert self.low is not None
         assert self.high is not None
@@ -200,4 +209,12 @@ class Menu:
             for value in self.by_name[name].grid(refinement):
                 change = Change(name, value)
                 if value != config[name] and not self.broken_constraint(self.apply(config, change)):
+                    yield change
+
+    def neighbours(self, config: Config, knobs: Iterable[str]) -> Iterator[Change]:
+        """Yield the changes of a ranged knob to the next value on either side that keep every constraint."""
+        for name in knobs:
+            for value in self.by_name[name].beside(config[name]):
+                change = Change(name, value)
+                if not self.broken_constraint(self.apply(config, change)):
                     yield change

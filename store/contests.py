@@ -221,6 +221,10 @@ class HeldOutTurn:
     attempt_id: int
     iteration: int
     try_no: int
+    asked_in: int
+    """The turn that its prompt was made for: a duel's second side answers the prompt of the first."""
+    asked_as: int
+    """The first attempt that answered that prompt."""
     role: str
     proposer: str
     proposer_id: int
@@ -359,6 +363,6 @@ class ContestReader(Protocol):
         """Return the newest event of some kinds: its id, its kind and what it says."""
         ...
 
-    def refinement_at(self, campaign_id: int, at: str) -> int:
-        """Return how often the grids had been refined at a time (UTC, ISO 8601)."""
+    def refinements(self, campaign_id: int) -> Sequence[str]:
+        """Return when the grids were refined (UTC, ISO 8601), in order."""
         ...

@@ -94,6 +94,10 @@ class LearningReads(Protocol):
         """Return sums over the screening gains of the turns up to `through`."""
         ...
 
+    def writers(self, campaign_id: int) -> frozenset[str]:
+        """Return the names of the proposers whose replies are words of their own: they stored no probabilities."""
+        ...
+
     def unprompted(self, campaign_id: int) -> bool:
         """Say whether a teaching attempt has no prompt: an imported one whose prompt was not rendered yet."""
         ...

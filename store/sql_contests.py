@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from sqlalchemy import Connection, Select, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy.orm import aliased
 
 from overnight.store.contests import (
     Alias,
@@ -203,12 +204,26 @@ class SqlContestReads:
 
     def held_out(self, campaign_id: int, *, after: int, until: int) -> Sequence[HeldOutTurn]:
         """Return the turns in (`after`, `until`] that proposed a configuration, each with its last try."""
-        own = _proposed(campaign_id)
+        own, same = _proposed(campaign_id), aliased(AttemptRow)
+        one_prompt = and_(
+            same.campaign_id == campaign_id,
+            same.prompt_id == AttemptRow.prompt_id,
+            same.iteration.between(AttemptRow.iteration - 1, AttemptRow.iteration),
+        )
+        first = [
+            func.coalesce(select(func.min(theirs)).where(one_prompt).scalar_subquery(), mine).label(name)
+            for name, theirs, mine in (
+                ("asked_in", same.iteration, AttemptRow.iteration),
+                ("asked_as", same.id, AttemptRow.id),
+            )
+        ]
+        elsewhere = ("attempt_id", "proposer", "asked_in", "asked_as")
         query = (
             select(
                 AttemptRow.id.label("attempt_id"),
                 ProposerRow.name.label("proposer"),
-                *(getattr(AttemptRow, name).label(name) for name in HeldOutTurn.__slots__[1:] if name != "proposer"),
+                *first,
+                *(getattr(AttemptRow, name).label(name) for name in HeldOutTurn.__slots__ if name not in elsewhere),
             )
             .join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
             .where(own, AttemptRow.iteration > after, AttemptRow.iteration <= until)
@@ -267,14 +282,10 @@ class SqlContestReads:
         row = self._one(query.order_by(EventRow.id.desc()).limit(1))
         return None if row is None else (row["id"], row["kind"], json.loads(row["payload"]))
 
-    def refinement_at(self, campaign_id: int, at: str) -> int:
-        """Return how often the grids had been refined at a time (UTC, ISO 8601)."""
-        query = select(func.count(EventRow.id).label("times")).where(
-            EventRow.campaign_id == campaign_id, EventRow.kind == "grid_refined", EventRow.at <= at
-        )
-        row = self._one(query)
-        assert row is not None
-        return int(row["times"])
+    def refinements(self, campaign_id: int) -> Sequence[str]:
+        """Return when the grids were refined (UTC, ISO 8601), in order."""
+        refined = and_(EventRow.campaign_id == campaign_id, EventRow.kind == "grid_refined")
+        return [row["at"] for row in self._rows(select(EventRow.at.label("at")).where(refined).order_by(EventRow.id))]
 
 
 def _proposed(campaign_id: int) -> Any:

@@ -40,6 +40,8 @@ _ATTEMPT = [
     ProposerRow.name.label("proposer") if name == "proposer" else getattr(AttemptRow, name).label(name)
     for name in Attempt.__slots__
 ]
+_WORDLESS = ("random", "optuna")
+"""Kinds whose reasons say how they drew."""
 _CONTESTANTS = (
     RaceRow.challenger_id,
     DuelRow.champion_id,
@@ -94,6 +96,19 @@ class SqlLearningReads:
         with self._reading() as connection:
             row = connection.execute(sums).one()
         return ScreeningSums(row.n, row.total or 0.0, row.squares or 0.0, row.noise)
+
+    def writers(self, campaign_id: int) -> frozenset[str]:
+        """Return the names of the proposers whose replies are words of their own: they stored no probabilities."""
+        query = (
+            select(ProposerRow.name)
+            .join(AttemptRow, AttemptRow.proposer_id == ProposerRow.id)
+            .where(AttemptRow.campaign_id == campaign_id, AttemptRow.reply.is_not(None))
+            .where(ProposerRow.kind.not_in(_WORDLESS))
+            .group_by(ProposerRow.name)
+            .having(func.count(AttemptRow.probabilities) == 0)
+        )
+        with self._reading() as connection:
+            return frozenset(connection.execute(query).scalars())
 
     def unprompted(self, campaign_id: int) -> bool:
         """Say whether a teaching attempt has no prompt: an imported one whose prompt was not rendered yet."""

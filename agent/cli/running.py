@@ -62,12 +62,13 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
         watchers = Watchers(loaded, db)
         runtime = open_runtime(loaded, store, hooks=[hook, *watchers.hooks])
         watchers.watch(runtime)
-        runtime.ask_person = person(hook.quiet)
+        runtime.ask_person = person(hook.quiet, idle=runtime.renew)
         runtime.iterations = iterations
         runtime.until = None if until is None else next_until(until, clock.time())
         try:
             state = store.campaign(loaded.name)
             if state is not None and state.status == "finished" and is_over(runtime, state):
+                _tidy(state, db)
                 click.echo(_finished_line(state), err=True)
                 _summary(store, loaded.name, db)
                 return
@@ -107,6 +108,18 @@ def _checkpoints(db: str, name: str) -> Path | None:
     from overnight.store.database import database_url
 
     return beside(db, name, "checkpoints") if database_url(db).get_backend_name() == "sqlite" else None
+
+
+def _tidy(state: CampaignState, db: str) -> None:
+    """Clear away what a run left that was killed after its last write."""
+    from overnight.agent.checkpoints import merge
+    from overnight.agent.live import forget_live
+
+    if not is_held(state):
+        forget_live(db, state.name)
+        checkpoints = _checkpoints(db, state.name)
+        if checkpoints is not None:
+            merge(checkpoints)
 
 
 def _finished_line(state: CampaignState) -> str:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overnight.agent.proposers.protocol import Ask, History
 from overnight.rails.gate import MAX_REASON_CHARS
-from overnight.rails.menu import Change, Knob, Menu
+from overnight.rails.menu import Change, Menu
 from overnight.rails.reply import candidate_text, change_key
 from overnight.store.hashing import digest
-from overnight.store.records import Config, KnobValue
+from overnight.store.records import Config
 
-__all__ = [
-    "Scored", "SeenConfigs", "candidate_text", "candidates", "draw", "neighbours", "probabilities", "reason_from",
-]  # fmt: skip
+__all__ = ["Scored", "SeenConfigs", "candidate_text", "candidates", "draw", "probabilities", "reason_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +56,11 @@ def candidates(ask: Ask, seen: SeenConfigs | None) -> list[Change]:
     if seen is not None:
         seen.update(ask.history)
         known = set(open_now)
-        beside = neighbours(ask.menu, ask.baseline, dict.fromkeys(move.knob for move in ask.moves))
+        beside = ask.menu.neighbours(ask.baseline, dict.fromkeys(move.knob for move in ask.moves))
         untried = (change for change in beside if ask.menu.apply(ask.baseline, change) not in seen)
         open_now += [change for change in untried if change not in known]
     blocked = {_said(rejection.reply) for rejection in ask.rejections}
     return [change for change in open_now if change_key(change) not in blocked] or open_now
-
-
-def neighbours(menu: Menu, config: Config, knobs: Iterable[str]) -> Iterator[Change]:
-    """Yield the changes of a ranged knob to the next value on either side that keep every constraint."""
-    for name in knobs:
-        for value in _beside(menu.by_name[name], config[name]):
-            change = Change(name, value)
-            if not menu.broken_constraint(menu.apply(config, change)):
-                yield change
-
-
-def _beside(knob: Knob, current: KnobValue) -> list[KnobValue]:
-    if knob.choices:
-        return []
-    grid = knob.grid(1)
-    below = [value for value in grid if float(value) < float(current)]
-    above = [value for value in grid if float(value) > float(current)]
-    return [*below[-1:], *above[:1]]
 
 
 def probabilities(log_probs: Sequence[float], temperature: float) -> list[float]:

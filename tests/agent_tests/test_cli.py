@@ -238,6 +238,27 @@ def test_a_finished_campaign_goes_on_when_its_budget_is_raised(tmp_path: Path) -
     assert after["turn"] > before["turn"]
 
 
+LEFT = """
+import os, sqlite3
+connection = sqlite3.connect("overnight.db.c.checkpoints")
+connection.execute("PRAGMA journal_mode = WAL")
+connection.execute("CREATE TABLE left_behind (x)")
+connection.commit()
+open("overnight.db.c.live.json", "w").write("{}")
+os._exit(0)
+"""
+
+
+def test_what_a_run_left_that_was_killed_after_its_last_write_is_cleared_away(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    subprocess.run([sys.executable, "-c", LEFT], cwd=tmp_path, check=True)
+    assert {path.name for path in tmp_path.iterdir()} > before
+    overnight("run", "mine", cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 def test_a_request_that_nobody_would_serve_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "mine", budget={"iterations": 1})
     overnight("run", "mine", cwd=tmp_path)

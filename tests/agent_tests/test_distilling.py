@@ -22,6 +22,7 @@ from overnight.agent.cli.learning_lines import learning_state, time_left
 from overnight.agent.distilling import adapter_folder, distill_due, next_version, prune
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
+from overnight.agent.run import run_campaign
 from overnight.distill.adapter import read_record
 from overnight.distill.base import find_base
 from overnight.distill.host import ModelHost
@@ -88,7 +89,7 @@ def live(of: Campaign, store: SqlStore, host: ModelHost) -> Recorder:
 def test_a_student_is_distilled_when_it_is_due_and_the_rows_are_there(
     tmp_path: Path, store: SqlStore, tiny_model: Path, host: ModelHost
 ) -> None:
-    seen = live(learning(tmp_path, tiny_model), store, host)
+    seen = live(learning(tmp_path, tiny_model, epochs=2), store, host)
     (made,) = distillations(store)
     assert (made.iteration, made.version, made.failure, made.proposer) == (8, 1, None, "student")
     assert (made.rows, made.cut_attempt_id, made.objective) == (6, 6, "outcome")
@@ -335,3 +336,32 @@ def test_no_distillation_begins_that_would_outlast_the_night(tmp_path: Path, sto
     assert distill_due(versions.runtime, versions.state, 5) == "waiting"
     versions.runtime.deadline = now + 0.5
     assert distill_due(versions.runtime, versions.state, 5) == "no"
+    versions.runtime.deadline = None
+    versions.runtime.until = now + 0.5
+    assert distill_due(versions.runtime, versions.state, 5) == "no"
+
+
+def test_a_training_that_takes_the_holdouts_time_is_ended(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, host: ModelHost
+) -> None:
+    now = [1_000.0]
+
+    class Slow:
+        def on_event(self, event: events.Event) -> None:
+            if isinstance(event, events.DistillStarted):
+                now[0] += 3_600
+
+    of = learning(tmp_path, tiny_model)
+    settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
+    student = StudentProposer("student", settings, host, menu=of.menu, adapter=None)
+    running = runtime(of, store, proposers={"random": RandomProposer("random"), "student": student}, hooks=[Slow()])
+    running.clock, running.deadline = lambda: now[0], now[0] + 1_800
+    try:
+        result = run_campaign(running)
+    finally:
+        running.close()
+    (ended,) = distillations(store)
+    assert ended.version is None
+    assert "the end of the campaign needs the time (`until`)" in (ended.failure or "")
+    assert result.stop_reason == "until"
+    assert not list((tmp_path / "adapters").rglob("*.safetensors"))

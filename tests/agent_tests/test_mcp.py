@@ -19,8 +19,10 @@ from overnight.agent import mcp_answers
 from overnight.agent.bounded_query import MAX_CHARS
 from overnight.agent.run import run_campaign
 from overnight.store.sql_store import SqlStore
+from overnight.store.trajectory import import_trajectory
 
 from ..store_tests.test_reading import WRITES, snapshot
+from ..store_tests.trajectories import as_bytes, attempt, header
 from .campaigns import campaign, runtime, scripted
 
 READERS = {"list_campaigns", "status", "sql", "show_attempt", "check_proposal"}
@@ -313,3 +315,12 @@ def test_a_database_that_is_not_there_yet_is_a_clear_error_and_is_not_made(tmp_p
         for tool, arguments in (("list_campaigns", {}), ("sql", {"statement": "SELECT 1"})):
             assert "no database at" in agent.refusal(tool, **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_imported_history_has_a_status_too(tmp_path: Path) -> None:
+    db = str(tmp_path / "overnight.db")
+    store = SqlStore.open(db, create=True)
+    import_trajectory(store, as_bytes([header(), attempt(1)]), name="old", origin="x")
+    store.close()
+    told = mcp_answers.status(db, "old")
+    assert (told["campaign"], told["turn"], "menu" in told) == ("old", 1, False)

@@ -187,9 +187,25 @@ def test_the_same_call_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_another_function_under_the_same_name_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"iterations": 1, "proposer": "random", "db": tmp_path / "mine.db", "name": "mine"}
     optimize(lambda config, seed: config["x"], {"x": [3, 2, 1]}, **options)
-    options["iterations"] = 2
-    with pytest.raises(CampaignError, match="campaign `mine`: the trainer's data or settings changed"):
-        optimize(lambda config, seed: config["x"] + 1.0, {"x": [3, 2, 1]}, **options)
+    for turns in (1, 2):  # a finished campaign's result is another function's, too
+        options["iterations"] = turns
+        with pytest.raises(CampaignError, match="campaign `mine`: the trainer's data or settings changed"):
+            optimize(lambda config, seed: config["x"] + 1.0, {"x": [3, 2, 1]}, **options)
+
+
+def train_x(config: dict[str, Any], seed: int) -> float:
+    return float(config["x"])
+
+
+def test_going_on_in_a_temporary_database_keeps_it_as_long_as_a_result_reads_it() -> None:
+    result = optimize(train_x, {"x": [3, 2, 1]}, iterations=1, proposer="random")
+    first = result.db
+    result = optimize(train_x, {"x": [3, 2, 1]}, iterations=2, proposer="random", db=result.db)
+    gc.collect()
+    assert result.query("SELECT count(*) AS n FROM iterations").rows == [(2,)]
+    del result
+    gc.collect()
+    assert not Path(first).parent.exists()
 
 
 INTERRUPTED = """

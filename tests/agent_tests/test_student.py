@@ -18,7 +18,6 @@ from overnight.agent.proposers.candidates import (
     candidate_text,
     candidates,
     draw,
-    neighbours,
     probabilities,
     reason_from,
 )
@@ -82,7 +81,7 @@ class TestStudentThatWritesConforms(TestStudentConforms):
 def test_every_candidate_has_its_probability_recorded(host):
     ask = example_ask()
     answer = student(host).propose(ask)
-    beside = neighbours(ask.menu, ask.baseline, ask.menu.by_name)
+    beside = ask.menu.neighbours(ask.baseline, ask.menu.by_name)
     assert set(answer.probabilities) == {change_key(change) for change in (*ask.moves, *beside)}
 
 
@@ -190,7 +189,7 @@ def test_every_candidate_of_300_random_configurations_passes_the_rails():
     menu, rng = load_campaign("gpt354m").menu, random.Random(1)
     for _ in range(300):
         config = random_config(menu, rng)
-        for change in (*menu.moves(config), *neighbours(menu, config, menu.by_name)):
+        for change in (*menu.moves(config), *menu.neighbours(config, menu.by_name)):
             reply = reply_text(change.knob, change.value, "why")
             assert check_reply(reply, menu=menu, baseline=config, rails=[]).passed, (config, change)
 
@@ -203,7 +202,7 @@ def test_a_candidate_s_text_is_how_its_reply_begins():
 
 def test_neighbours_stand_on_either_side_of_the_current_value():
     menu = example_menu()
-    found = [change.value for change in neighbours(menu, menu.default, ["warmup"])]
+    found = [change.value for change in menu.neighbours(menu.default, ["warmup"])]
     assert found == [3, 6]
 
 

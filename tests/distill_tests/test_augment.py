@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -37,7 +38,7 @@ def variants(lived: Chronicle, kind: Variation) -> Iterator[tuple[Lesson, list[L
     for number, lesson in enumerate(lessons):
         prompt = prompts[lesson.attempt.prompt_id or ""]
         for draw in range(3):
-            variant = augmenter.variant(kind, number, prompt, random.Random(f"{number}/{draw}"))
+            variant = augmenter.variant(kind, number, number, prompt, random.Random(f"{number}/{draw}"))
             if variant is not None:
                 yield lesson, lessons[:number], prompt, variant
 
@@ -113,6 +114,21 @@ def test_what_a_variant_does_not_show_is_open_again(lived: Chronicle) -> None:
     closed = [set(stored[row.id.removesuffix("/subsample")].candidates) - set(row.candidates) for row in varied]
     assert any(opened)
     assert not any(closed)
+
+
+def test_a_variant_does_not_tell_what_became_of_its_change(lived: Chronicle) -> None:
+    lessons, _ = read_lessons(lived.store, lived.id, lived.of.menu)
+    unmeasured = {"outcome": "failed", "baseline_metric": None, "gain": None, "gain_se": None}
+    for number in range(1, len(lessons), 3):
+        failed = replace(lessons[number].attempt, **unmeasured)  # type: ignore[arg-type]
+        lessons[number] = replace(lessons[number], attempt=failed)
+    augmenter, told = Augmenter(lived.frame, lessons), dict[object, set[str]]()
+    for number in range(1, len(lessons)):
+        variant = augmenter.variant("synthetic", number, number, "", random.Random(number))
+        assert variant is not None
+        (line,) = [line for line in variant.prompt.splitlines() if line.startswith("Its loss is")]
+        told.setdefault(baseline_key(variant.lesson.baseline), set()).add(line)
+    assert [len(lines) for lines in told.values()] == [1] * len(told)
 
 
 def test_the_same_draw_gives_the_same_variant(lived: Chronicle) -> None:

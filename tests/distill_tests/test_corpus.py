@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from overnight.distill.corpus import Corpus, CorpusSettings, build_corpus, recon
 from overnight.distill.histories import totals
 from overnight.distill.lessons import read_lessons
 from overnight.rails.menu import Menu
-from overnight.store.errors import CorpusRefusedError, StoreError
+from overnight.store.errors import CorpusRefusedError
 from overnight.store.hashing import text_digest
 from overnight.store.prompt import render_constant
 from overnight.store.sql_store import SqlStore
-from overnight.store.tables import AttemptRow
+from overnight.store.tables import AttemptRow, utc_now
 from overnight.store.trajectory import import_trajectory
 
 from ..agent_tests.campaigns import run
@@ -154,6 +155,46 @@ def test_what_was_measured_is_open_again_only_where_repeats_are_allowed(
     assert (x in fourth) == bool(skip)  # this would be the first one again
 
 
+def test_after_a_refinement_the_finer_grid_is_open_to_whoever_was_asked_then(chronicle: Chronicle) -> None:
+    chronicle.turn("a", 0.125)
+    with chronicle.together() as writer:
+        writer.event("grid_refined", {}, iteration=1, at=utc_now())
+    chronicle.turn("a", 0.25)
+    chronicle.turn("a", 0.375)
+    before, after = (set(row.candidates) for row in corpus_of(chronicle, holdout=1).rows)
+    finer = '{"knob": "a", "new_value": 0.0625,'
+    assert finer not in before
+    assert finer in after
+
+
+def test_a_student_that_scores_neighbours_learns_about_them(chronicle: Chronicle) -> None:
+    for value in (0.125, 0.25, 0.375):
+        chronicle.turn("a", value)
+    beside = {'{"knob": "a", "new_value": 0.438,', '{"knob": "a", "new_value": 0.562,'}
+    for neighbours in (False, True):
+        chronicle.frame = replace(chronicle.frame, neighbours=neighbours)
+        for row in corpus_of(chronicle, holdout=1).rows:
+            assert beside & set(row.candidates) == (beside if neighbours else set())
+
+
+def test_what_a_duels_first_side_tried_was_open_to_the_second(chronicle: Chronicle) -> None:
+    chronicle.turn("a", 0.125, prompt="the same")
+    chronicle.turn("a", 0.25, prompt="the same")
+    chronicle.turn("a", 0.375)
+    chronicle.turn("b", 2)
+    first, second, third = (set(row.candidates) for row in corpus_of(chronicle, holdout=1).rows)
+    assert first == second
+    assert first - third == {'{"knob": "a", "new_value": 0.125,', '{"knob": "a", "new_value": 0.25,'}
+
+
+def test_reasons_are_taught_where_they_are_words_of_their_own(chronicle: Chronicle) -> None:
+    chronicle.turn("a", 0.125, 0.2, proposer="openai")
+    chronicle.turn("b", 2, 0.3, proposer="random")
+    chronicle.turn("c", "y", 0.0, proposer="random")
+    rows = corpus_of(chronicle, holdout=1, objective="clone").rows
+    assert [json.loads(row.replies[0].text)["reason"] for row in rows] == ["why a 0.125", ""]
+
+
 def test_harness_failures_and_strange_changes_are_counted_and_left_out(chronicle: Chronicle) -> None:
     chronicle.turn("a", 0.125)
     chronicle.turn("a", 0.25, None, failure="harness")
@@ -191,7 +232,7 @@ def test_a_changed_prompt_is_noticed(chronicle: Chronicle) -> None:
     chronicle.wander(5)
     with chronicle.store.transaction() as connection:
         connection.execute(text("UPDATE prompts SET body = body || '.' WHERE id = (SELECT min(id) FROM prompts)"))
-    with pytest.raises(StoreError, match="was changed after it was written"):
+    with pytest.raises(CorpusRefusedError, match="was changed after it was written"):
         corpus_of(chronicle)
 
 
