@@ -12,9 +12,10 @@ HEADER = """# Events
 <!-- Made by `python -P -m overnight.agent.campaign_docs docs`; edit the event classes instead. -->
 
 What a campaign tells while it runs, as frozen dataclasses in `overnight.events`. Every `Hooks` hears all of them, in
-order; LangGraph's stream mode `custom` carries them as dicts, with the kind under `event`. Those with a row are also in
-the view `event_log`; what the others tell is in attempts and trials. All have `campaign`. How to listen: [the
-API](api.md).
+order; LangGraph's stream mode `custom` carries them as dicts, with the kind under `event`. What is written in the same
+transaction as what it tells of (a promotion, the end) is heard after the commit, and not at all where that fails. Those
+with a row are also in the view `event_log`; what the others tell is in attempts and trials. All have `campaign`. How to
+listen: [the API](api.md).
 
 | event | kind | row | what happened | fields |
 |---|---|---|---|---|

@@ -382,13 +382,40 @@ class Hooks(Protocol):
 
 
 class EventStream:
-    """Hands each event to every consumer, in order, and to LangGraph's stream where a graph is running."""
+    """Hands each event to every consumer, in order, and to LangGraph's stream where a graph is running.
 
-    def __init__(self, hooks: Sequence[Hooks]) -> None:
+    Args:
+        buffer: keeps what gets a row, at once.
+        hooks: whoever else listens; inside a transaction they hear of an event once it is committed, or never.
+    """
+
+    def __init__(self, buffer: EventBuffer, hooks: Sequence[Hooks]) -> None:
+        self._buffer = buffer
         self._hooks = list(hooks)
+        self._held: list[Event] | None = None
 
     def emit(self, event: Event) -> None:
         """Send an event."""
+        self._buffer.on_event(event)
+        if self._held is None:
+            self._tell(event)
+        else:
+            self._held.append(event)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Around the transaction that takes what waits: what is emitted inside is told after it, in order."""
+        held: list[Event] = []
+        self._held = held
+        try:
+            with self._buffer.transaction():
+                yield
+        finally:
+            self._held = None
+        for event in held:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         _write_to_graph(event)
         for hook in self._hooks:
             try:

@@ -47,13 +47,22 @@ class FaultLog:
 
     def over(self, what: str) -> None:
         """Record that a fault is over, if it began."""
-        since = self._since.pop(what, None)
-        self._holds.pop(what, None)
+        self.tell_over(what)
+        self.forget(what)
+
+    def tell_over(self, what: str) -> None:
+        """Emit that a fault is over, if it began; it is, once the transaction around this is committed."""
+        since = self._since.get(what)
         if since is not None:
             wall_s = clock.time() - since
             self._runtime.emit(
                 FaultOver(campaign=self._runtime.name, what=what, since=clock.utc_text(since), wall_s=wall_s)
             )
+
+    def forget(self, what: str) -> None:
+        """Know no more of a fault that was told to be over."""
+        self._since.pop(what, None)
+        self._holds.pop(what, None)
 
     def hold(self, what: str, error: OvernightError) -> None:
         """Stand still for a while, longer each time, before what failed is tried again.

@@ -94,7 +94,7 @@ class Runtime:
     _memory: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.events = EventStream([self._buffer, *self.hooks])
+        self.events = EventStream(self._buffer, self.hooks)
         self.faults = FaultLog(self)
 
     @property
@@ -128,23 +128,27 @@ class Runtime:
     def writing(self, *, changes_campaign: bool = False, changes_noise: bool = False) -> Iterator[StoreWriter]:
         """One transaction under the lease, taken if this process has not got it; waiting events go with it.
 
-        An event emitted inside is committed with what it says, or not at all.
+        An event emitted inside is committed with what it says and told after that, or neither.
 
         `changes_campaign` and `changes_noise` say what has to be read again after it.
         """
         lease = self.lease or self._acquire()
-        with self._buffer.transaction(), self.store.writing(lease) as writer:
-            yield writer
-            for event in self._buffer.waiting():
-                writer.event(event.kind, event.payload, iteration=event.iteration, at=event.at)
-        self.faults.over("storage")
-        if changes_campaign:
-            self._state = None
-        if changes_noise:
-            self._noise_known = False
+        self.renew()  # trials may be so short that nobody waits for one, and `idle` is not called
+        with self.events.transaction():
+            with self.store.writing(lease) as writer:
+                yield writer
+                self.faults.tell_over("storage")  # committed with the write that shows it, be it the last one
+                for event in self._buffer.waiting():
+                    writer.event(event.kind, event.payload, iteration=event.iteration, at=event.at)
+            self.faults.forget("storage")
+            if changes_campaign:
+                self._state = None
+            if changes_noise:
+                self._noise_known = False
 
     def _acquire(self) -> Lease:
         self.lease = self.store.acquire(self.state().id)
+        self._renewed_at = clock.time()
         return self.lease
 
     def waiting(self) -> AbstractContextManager[None]:

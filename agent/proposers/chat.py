@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MAX_REPLY_BYTES = 1 << 20
 MAX_ERROR_CHARS = 300
 LONGEST_WAIT_S = 8.0
+IDLE_S = 1.0
+"""How often `idle` is called while an answer is waited for: the campaign's lease must not lapse meanwhile."""
 GRACE_S = 0.5
 """How long after the deadline a call may take to close its connection."""
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
@@ -57,11 +59,18 @@ class _Permanent(Exception):
 
 
 class ChatEndpoint:
-    """An endpoint's address and key; holds no connection between calls."""
+    """An endpoint's address and key; holds no connection between calls.
 
-    def __init__(self, base_url: str, key: str | None) -> None:
+    Args:
+        base_url: where its API begins.
+        key: sent with each request; None: none.
+        idle: called about every second of a call; what it raises ends the call and is passed on.
+    """
+
+    def __init__(self, base_url: str, key: str | None, *, idle: Callable[[], None] = lambda: None) -> None:
         self.base_url = base_url.rstrip("/")
         self._key = key
+        self._idle = idle
         self._ssl: ssl.SSLContext | None = None
 
     def call(self, work: Callable[[ChatSession], Awaitable[_T]], deadline_s: float) -> _T:
@@ -76,8 +85,12 @@ class ChatEndpoint:
         job = _Job(self, work, deadline_s)
         thread = threading.Thread(target=job.run, name="overnight-endpoint", daemon=True)
         thread.start()
+        ends = time.monotonic() + deadline_s + GRACE_S
         try:
-            thread.join(deadline_s + GRACE_S)
+            while thread.is_alive() and (left := ends - time.monotonic()) > 0:
+                thread.join(min(left, IDLE_S))
+                if thread.is_alive():
+                    self._idle()
         except BaseException:  # raised on: a signal came while waiting, and the call must not go on alone
             job.cancel()
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,7 @@ class OpenAIProposer:
         *,
         breaker: Breaker | None = None,
         in_use: MutableMapping[str, str] | None = None,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         """Hold what is needed to ask; opens no connection.
 
@@ -114,6 +115,7 @@ class OpenAIProposer:
             settings: the table.
             breaker: the endpoint's failure counter, shared by its proposers.
             in_use: which adapter each proposer of the endpoint answers with, shared by them.
+            idle: called about every second while an answer is waited for.
 
         Raises:
             CampaignError: the variable that `api_key_env` names is not set.
@@ -121,7 +123,7 @@ class OpenAIProposer:
         self.name = name
         self._settings = settings
         self._breaker = breaker or Breaker(settings.base_url)
-        self._endpoint = ChatEndpoint(settings.base_url, _read_key(name, settings.api_key_env))
+        self._endpoint = ChatEndpoint(settings.base_url, _read_key(name, settings.api_key_env), idle=idle)
         self._found = _Found(settings.model, None if settings.structured == "auto" else settings.structured)
         self._in_use = {} if in_use is None else in_use
         self._served: ServedAdapter | None = None
@@ -135,7 +137,8 @@ class OpenAIProposer:
         """
         parsed = cls.Settings.parse(name, settings)
         breaker = context.breakers.setdefault(parsed.base_url, Breaker(parsed.base_url))
-        return cls(name, parsed, breaker=breaker, in_use=context.served.setdefault(parsed.base_url, {}))
+        in_use = context.served.setdefault(parsed.base_url, {})
+        return cls(name, parsed, breaker=breaker, in_use=in_use, idle=context.idle)
 
     @property
     def wanted(self) -> str | None:

@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from overnight.agent.proposers import chat
 from overnight.agent.proposers.endpoint import OpenAIProposer
+from overnight.agent.proposers.protocol import ProposerContext
 from overnight.agent.proposers.testing import example_ask
-from overnight.store.errors import ProposerError
+from overnight.store.errors import LeaseLostError, ProposerError
 
 from .servers import Handler, LoopbackServer, Wire, unused_port, wait_until
 
@@ -284,4 +287,33 @@ def test_an_interrupt_lets_go_of_the_connection(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(threading.Thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
             proposer_for(server.url, deadline_s=60.0).propose(example_ask())
+        wait_until(lambda: server.open_connections == 0, what="closing of the connection")
+
+
+def test_the_lease_is_kept_while_an_endpoint_thinks_and_its_loss_ends_the_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat, "IDLE_S", 0.02)
+    beats: list[None] = []
+
+    async def thinks(wire: Wire) -> None:
+        await asyncio.to_thread(wait_until, lambda: len(beats) >= 3, what="the third beat")
+        await wire.say("hello")
+
+    def beat() -> None:
+        beats.append(None)
+
+    def lost() -> None:
+        raise LeaseLostError("another process took it")
+
+    with LoopbackServer(thinks) as server:
+        table = {"base_url": server.url, "model": "m", "deadline_s": 20.0, "structured": "none"}
+
+        def told(idle: Callable[[], None]) -> OpenAIProposer:
+            context = ProposerContext(campaign_dir=Path(), cache_dir=Path(), menu=example_ask().menu, idle=idle)
+            return OpenAIProposer.from_settings("nim", table, context)
+
+        assert told(beat).propose(example_ask()).reply == "hello"
+    with LoopbackServer(never_answers) as server:
+        table["base_url"] = server.url
+        with ends_in_time(), pytest.raises(LeaseLostError):
+            told(lost).propose(example_ask())
         wait_until(lambda: server.open_connections == 0, what="closing of the connection")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Ask, reply_text
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.run import HARNESS_IN_A_ROW, open_runtime, run_campaign
-from overnight.agent.runtime import Runtime
+from overnight.agent.runtime import RENEW_EVERY_S, Runtime
 from overnight.store.clock import running_on
 from overnight.store.errors import CampaignError, ProposerError, StorageFaultError, TrainerError
+from overnight.store.lease import REMOTE_SILENCE
+from overnight.store.protocol import Lease
 from overnight.store.sql_store import SqlStore
+from overnight.store.writer import SqlWriter
 from overnight.trainer.scripted import ScriptedSettings
 from overnight.trainer.worker import WorkerTrainer
 
@@ -404,3 +409,94 @@ def test_a_pause_asked_for_ends_the_wait(tmp_path: Path, store: SqlStore) -> Non
         assert run_campaign(running).stop_reason == "paused"
         running.close()
     assert clock.now - START < HOUR + 400
+
+
+# What is told, and when
+
+
+class RefusesTheEnd(SqlStore):
+    """Has no room for the commit that ends the campaign, twice."""
+
+    refused = 0
+
+    @contextmanager
+    def writing(self, lease: Lease) -> Iterator[SqlWriter]:
+        with super().writing(lease) as writer:
+            yield writer
+            query = "SELECT count(*) FROM events WHERE kind = 'finished'"
+            if writer._connection.exec_driver_sql(query).scalar_one() and self.refused < 2:
+                self.refused += 1
+                raise StorageFaultError("the disk is full")
+
+
+def test_the_end_is_told_once_it_is_written_and_so_is_the_end_of_the_fault(tmp_path: Path) -> None:
+    store, clock = RefusesTheEnd.open(tmp_path / "store.db", create=True), FakeClock()
+    written: list[tuple[str, list[Any]]] = []
+
+    class Looks(Recorder):
+        def on_event(self, event: events.Event) -> None:
+            super().on_event(event)
+            if isinstance(event, events.Finished | events.FaultOver):
+                written.append((event.kind, rows(store, "SELECT status FROM campaigns")))
+
+    seen = Looks()
+    with running_on(clock):
+        running = timed(tmp_path, clock, store, hooks=[seen], sections={"budget": {"iterations": 1}})
+        assert run_campaign(running).finished
+        running.close()
+    assert store.refused == 2
+    assert written == [("finished", [("finished",)]), ("fault_over", [("finished",)])]
+    assert recorded(store) == [("fault", "storage"), ("fault_over", "storage")]
+    assert rows(store, "SELECT count(*) FROM events WHERE kind = 'finished'") == [(1,)]
+    store.close()
+
+
+def test_what_is_emitted_in_a_transaction_is_told_after_it_in_order_and_the_rest_at_once(
+    tmp_path: Path, store: SqlStore
+) -> None:
+    seen = Recorder()
+    running = runtime(campaign(tmp_path), store, hooks=[seen])
+    turns = [events.Trained(campaign="c", iteration=turn) for turn in range(1, 5)]
+
+    def fails() -> None:
+        with running.writing():
+            running.emit(turns[1])
+            raise StorageFaultError("the disk is full")
+
+    running.emit(turns[0])
+    with pytest.raises(StorageFaultError):
+        fails()
+    assert seen.events == turns[:1]
+    with running.writing():
+        for turn in turns[2:]:
+            running.emit(turn)
+        assert seen.events == turns[:1]
+    assert seen.events == [turns[0], *turns[2:]]
+    running.close()
+
+
+# Alive, as another machine sees it
+
+
+def test_a_campaign_of_short_trials_shows_that_it_is_alive_every_20_seconds(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, renewed = FakeClock(), []
+    renew = store.renew
+    monkeypatch.setattr(store, "renew", lambda lease: (renewed.append(clock.now), renew(lease)))
+    silent = []
+
+    class Looks(Recorder):
+        def on_event(self, event: events.Event) -> None:
+            ((seen_at,),) = rows(store, "SELECT lease_seen_at FROM campaigns")
+            silent.append(clock.now - datetime.fromisoformat(seen_at).timestamp())
+
+    with running_on(clock):
+        running = timed(tmp_path, clock, store, hooks=[Looks()])
+        running.trainer.seconds = 7.0  # type: ignore[attr-defined]
+        run_campaign(running)
+        running.close()
+    took = clock.now - START
+    assert took > REMOTE_SILENCE.total_seconds()
+    assert max(silent) < RENEW_EVERY_S + 2 * 7
+    assert len(renewed) <= took / RENEW_EVERY_S

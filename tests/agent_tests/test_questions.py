@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import click
 import pytest
 
+from overnight.agent.cli import questions
 from overnight.agent.cli.questions import person
 
 QUESTION = {"challenger": "student@v2", "champion": "nim", "reason": "e-value 40 reaches 33"}
@@ -36,6 +37,19 @@ def test_what_is_typed_is_the_answer(terminal: int, typed: str, answer: str) -> 
 
 def test_who_says_nothing_decides_later(terminal: int) -> None:
     assert person(nullcontext, patience_s=0.05)(QUESTION) == "later"
+
+
+def test_the_lease_is_kept_while_a_person_thinks(terminal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[None] = []
+
+    def beat() -> None:
+        beats.append(None)
+        if len(beats) == 3:
+            os.write(terminal, b"y\n")
+
+    monkeypatch.setattr(questions, "SLICE_S", 0.01)
+    assert person(nullcontext, patience_s=30.0, idle=beat)(QUESTION) == "yes"
+    assert len(beats) >= 3
 
 
 def test_without_a_terminal_nobody_is_asked() -> None:

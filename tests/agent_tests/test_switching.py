@@ -17,8 +17,10 @@ from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.run import run_campaign
 from overnight.agent.runtime import Runtime
 from overnight.agent.switching import by_hand
+from overnight.store.contests import NewPromotion
 from overnight.store.errors import InputError
 from overnight.store.sql_store import SqlStore
+from overnight.store.writer import SqlWriter
 
 from .campaigns import Recorder, run, runtime
 from .contests import contested, rows, said, sides, toward
@@ -128,7 +130,9 @@ def test_a_champion_that_proposes_worse_is_rolled_back(tmp_path: Path, store: Sq
     assert after == [("champion",)]  # who was rolled back does not challenge again
 
 
-def test_killed_between_promotion_and_the_next_proposal_it_has_one_champion(tmp_path: Path, store: SqlStore) -> None:
+def test_killed_around_a_promotion_it_has_one_champion(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = contested(tmp_path, budget={"iterations": 20})
 
     class Dies(Recorder):
@@ -137,12 +141,27 @@ def test_killed_between_promotion_and_the_next_proposal_it_has_one_champion(tmp_
                 raise KeyboardInterrupt
 
     proposers = {"one": toward(of, 0.1), "two": toward(of, 0.95)}
-    for _ in range(2):  # once before the promotion is committed: the event is sent inside its transaction
-        running = runtime(of, store, proposers=sides(**proposers), hooks=[Dies()])
+
+    def killed(*hooks: Any) -> None:
+        running = runtime(of, store, proposers=sides(**proposers), hooks=hooks)
         with pytest.raises(KeyboardInterrupt):
             run_campaign(running)
         running.close()
-        assert champions(store) == []
+
+    promotion = SqlWriter.promotion
+
+    def dies(writer: SqlWriter, new: NewPromotion) -> None:
+        promotion(writer, new)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SqlWriter, "promotion", dies)
+    for _ in range(2):  # before the commit
+        told = Recorder()
+        killed(told)
+        assert (champions(store), told.of(events.Promoted)) == ([], [])
+    monkeypatch.undo()
+    killed(Dies())  # after the commit, and before the next proposal
+    assert len(champions(store)) == 1
     run(of, store, proposers=sides(**proposers))
     calm = SqlStore.open(tmp_path / "calm.db", create=True)
     run(of, calm, proposers=sides(**proposers))
