@@ -2,9 +2,9 @@
 
 A consumer of the event stream keeps it in memory; a thread writes it beside the store, whole, once a second at most and
 only when something changed, so that the loop pays nothing for it. It is about the present: the store alone says what
-was measured. It is the lease holder's: nothing is written before the run's first event, which comes under the lease, and
-the file goes when the run ends, if it is still this run's. After a crash it names a process that is gone, and counts for
-nothing.
+was measured. It is the lease holder's: nothing is written before the run's first event, which comes under the lease,
+and the file goes when the run ends, if it is still this run's. After a crash it names a process that is gone, and
+counts for nothing.
 """
 
 from __future__ import annotations

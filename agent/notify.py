@@ -19,6 +19,7 @@ from overnight.agent import events
 from overnight.agent.campaign import Campaign
 from overnight.agent.trust import require
 from overnight.store import clock
+from overnight.store.errors import LeaseHeldError
 from overnight.store.hashing import JsonValue
 
 LOG = logging.getLogger(__name__)
@@ -53,8 +54,11 @@ class Notifier:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Tell of an end that no event told of, and wait for the last command, within its limit."""
-        if isinstance(error, Exception) and not self._stop_told:
+        """Tell of an end that no event told of, and wait for the last command, within its limit.
+
+        A campaign that another process runs has not ended: nothing is told of it.
+        """
+        if isinstance(error, Exception) and not isinstance(error, LeaseHeldError) and not self._stop_told:
             self._tell("stopped", {"reason": f"{type(error).__name__}: {error}"})
         if self._thread.is_alive():
             self._waiting.put(None)

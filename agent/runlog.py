@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from overnight.agent import events
 from overnight.agent.campaign import Campaign
+from overnight.store.errors import LeaseHeldError
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, WrappedLogger
@@ -99,8 +100,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Log what ended the run, if something did, and close the file."""
-        if self._log is not None and error is not None:
+        """Log what ended the run, if something did, and close the file; another process' run did not end."""
+        if self._log is not None and error is not None and not isinstance(error, LeaseHeldError):
             self._log.error("run_ended", exc_info=error)
         if self._handler is not None:
             logging.getLogger(_PACKAGE).removeHandler(self._handler)

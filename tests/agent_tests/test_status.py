@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from overnight.store.protocol import Spent
 
 from .servers import wait_until
 from .test_cli import DEADLINE_S, overnight, started, write
+
+STEP = TrialStepped(campaign="c", step=1, steps=None, loss=None)
 
 
 def row(folder: Path) -> dict[str, Any]:
@@ -88,10 +91,44 @@ def test_status_of_a_paused_campaign_makes_no_file_and_needs_no_right_to_write(t
     writer.close()
 
 
+KEEP = "import sys; open('told', 'a').write(sys.stdin.read())"
+
+
+def test_a_second_run_leaves_the_first_ones_files_alone_and_tells_nobody(tmp_path: Path) -> None:
+    notify = {"command": [sys.executable, "-c", KEEP]}
+    folder = write(tmp_path / "mine", budget={"iterations": 500}, trainer={"sleep_s": 3.0}, notify=notify)
+    process = started("run", "mine", "--allow", cwd=tmp_path)
+    live, log = tmp_path / "overnight.db.c.live.json", tmp_path / "overnight.db.c.log"
+    wait_until(lambda: live.exists() and "trial" in live.read_text(), seconds=DEADLINE_S, what="a trial")
+    second = overnight("run", "mine", "--allow", cwd=tmp_path)
+    assert (second.returncode, f"is being run by process {process.pid}" in second.stderr) == (2, True)
+    assert f":{process.pid}:" in live.read_text()
+    assert "run_ended" not in log.read_text()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=DEADLINE_S)
+    assert not live.exists()
+    assert not (folder / "told").exists()
+
+
+def test_the_file_of_another_run_is_neither_written_nor_removed(tmp_path: Path) -> None:
+    path = tmp_path / "live.json"
+    ours = LiveFile(path)
+    ours.on_event(STEP)
+    theirs = path.read_text().replace(this_process(), "elsewhere:1:0.00")
+    path.write_text(theirs)
+    ours._changed.clear()
+    for live in (LiveFile(path), ours):  # one that heard nothing, and one whose campaign was taken over
+        with live:
+            pass
+        assert path.read_text() == theirs
+
+
 def test_the_file_follows_the_events_at_most_once_a_second(tmp_path: Path) -> None:
     path = tmp_path / "live.json"
     with LiveFile(path, lambda: Limits(pause_after=7)) as live:
-        wait_until(path.exists, what="the file")
+        assert not path.exists()
+        live.on_event(STEP)
+        assert path.exists()
         written = {path.stat().st_mtime_ns}
         begin = time.monotonic()
         for step in range(20_000):
@@ -109,8 +146,8 @@ def test_the_file_follows_the_events_at_most_once_a_second(tmp_path: Path) -> No
 
 def test_another_process_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "live.json"
-    with LiveFile(path):
-        wait_until(path.exists, what="the file")
+    with LiveFile(path) as live:
+        live.on_event(STEP)
         assert read_live(path, "elsewhere:1:0.00") is None
         (tmp_path / "broken.json").write_text('{"owner": ')
         assert read_live(tmp_path / "broken.json", this_process()) is None
