@@ -203,7 +203,7 @@ class DistillSection(Section):
     """How every other epoch varies the stored prompts: `permute` the lines of the history, cut it `earlier`,
     `subsample` it, or draw a `synthetic` one from measured changes. None of them changes what a row means."""
     keep_adapters: Annotated[int, Field(ge=1)] = 10
-    """Newest adapters that stay on the disk; champion, previous and raced ones are never removed."""
+    """Newest adapters that stay on the disk; one that proposed, duelled or was promoted is never removed."""
     r: Annotated[int, Field(ge=1, le=512)] = 16
     """Rank of the LoRA matrices."""
     alpha: Annotated[float, Field(gt=0)] = 32.0

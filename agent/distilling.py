@@ -308,7 +308,7 @@ def next_version(store: TrajectoryStore, state: CampaignState) -> int:
 def prune(
     store: TrajectoryStore, state: CampaignState, keep: int, *, remove: Callable[[Path], None] = shutil.rmtree
 ) -> list[int]:
-    """Remove all but the newest `keep` adapters; what was raced, duelled or promoted stays. Return what was removed."""
+    """Remove all but the newest `keep` adapters and those that `contested_versions` names; return what was removed."""
     made = [each for each in store.distillations(state.id) if each.version is not None]
     contested = store.contested_versions(state.id)
     removed = []

@@ -119,7 +119,7 @@ class LearningReads(Protocol):
         ...
 
     def contested_versions(self, campaign_id: int) -> Collection[str]:
-        """Return the adapter versions (`v3`) that proposed, raced or duelled, or are or were champion or challenger."""
+        """Return the versions (`v3`) that proposed, duelled, were promoted, have an alias, or ran the newest race."""
         ...
 
     def home(self) -> Path:

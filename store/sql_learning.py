@@ -43,7 +43,6 @@ _ATTEMPT = [
 _WORDLESS = ("random", "optuna")
 """Kinds whose reasons say how they drew."""
 _CONTESTANTS = (
-    RaceRow.challenger_id,
     DuelRow.champion_id,
     DuelRow.challenger_id,
     PromotionRow.from_proposer_id,
@@ -142,11 +141,13 @@ class SqlLearningReads:
             return connection.execute(query).first() is not None
 
     def contested_versions(self, campaign_id: int) -> Collection[str]:
-        """Return the adapter versions (`v3`) that proposed, raced or duelled, or are or were champion or challenger."""
+        """Return the versions (`v3`) that proposed, duelled, were promoted, have an alias, or ran the newest race."""
         own = ProposerRow.campaign_id == campaign_id
-        raced = select(RaceItemRow.proposer_id).join(RaceRow).where(RaceRow.campaign_id == campaign_id)
+        newest = select(func.max(RaceRow.id)).where(RaceRow.campaign_id == campaign_id).scalar_subquery()
+        raced = select(RaceItemRow.proposer_id).where(RaceItemRow.race_id == newest)
+        raced_for = select(RaceRow.challenger_id).where(RaceRow.id == newest, RaceRow.challenger_id.is_not(None))
         proposed = select(AttemptRow.proposer_id).where(AttemptRow.campaign_id == campaign_id)
-        met = [raced, proposed, *(select(column).where(column.is_not(None)) for column in _CONTESTANTS)]
+        met = [raced, raced_for, proposed, *(select(column).where(column.is_not(None)) for column in _CONTESTANTS)]
         named = or_(*(ProposerRow.id.in_(query) for query in met))
         with self._reading() as connection:
             found = connection.execute(select(ProposerRow.description).where(own, named)).scalars().all()

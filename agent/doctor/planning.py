@@ -18,7 +18,7 @@ TURN_BYTES = 16 * 2**10
 ADAPTER_BYTES = 128 * 2**20
 """Of rank 16 on a 3B model, in float32."""
 EXTRA_ADAPTERS = 3
-"""Champion, its predecessor, and one being written."""
+"""Champion, its predecessor, and one being written: beside the newest, where adapters do not duel."""
 OVERHEAD_BYTES = 2**28
 """SQLite's log, LangGraph's checkpoints, the report, and room to breathe."""
 
@@ -26,9 +26,13 @@ OVERHEAD_BYTES = 2**28
 def disk_needed(campaign: Campaign, done: int) -> int:
     """Return how many bytes the rest of the campaign writes beside its store."""
     turns = max(campaign.file.budget.iterations - done, 0)
-    section, learns = campaign.file.distill, campaign.file.router.challenger is not None
-    adapters = (section.keep_adapters + EXTRA_ADAPTERS) * ADAPTER_BYTES * section.r // 16 if learns else 0
-    return OVERHEAD_BYTES + turns * TURN_BYTES + adapters
+    section, router = campaign.file.distill, campaign.file.router
+    adapters = 0
+    if router.challenger is not None:
+        adapters = (done + turns) // section.every - done // section.every
+        if router.evidence != "duels" or router.duel_share == 0:  # one that duelled is never removed
+            adapters = min(adapters, section.keep_adapters + EXTRA_ADAPTERS)
+    return OVERHEAD_BYTES + turns * TURN_BYTES + adapters * ADAPTER_BYTES * section.r // 16
 
 
 def time(runtime: Runtime, state: CampaignState, tried: Tried, largest: Tried | None, latency_s: float) -> Finding:

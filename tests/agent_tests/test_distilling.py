@@ -26,8 +26,10 @@ from overnight.agent.run import run_campaign
 from overnight.distill.adapter import read_record
 from overnight.distill.base import find_base
 from overnight.distill.host import ModelHost
+from overnight.store.contests import NewDuel, NewRace
 from overnight.store.errors import InputError, StoreError
 from overnight.store.learning import Distillation, NewDistillation
+from overnight.store.protocol import NewAttempt
 from overnight.store.sql_store import SqlStore
 
 from .campaigns import Recorder, campaign, run, runtime
@@ -275,27 +277,42 @@ def test_only_the_newest_adapters_stay(tmp_path: Path, store: SqlStore, tiny_mod
     assert versions.left() == ["v4", "v5"]
 
 
-def test_champion_previous_and_raced_adapters_are_never_removed(
+def test_of_raced_adapters_only_those_of_the_newest_race_and_those_that_got_further_stay(
     tmp_path: Path, store: SqlStore, tiny_model: Path
 ) -> None:
     versions = Versions(tmp_path, store, tiny_model)
-    for _ in range(6):
+    for _ in range(9):
         versions.add()
     with versions.runtime.writing() as writer:
         ids = {
             number: writer.proposer("student", "student", {"kind": "student", "adapter": {"version": f"v{number}"}})
-            for number in (1, 2, 3)
+            for number in range(1, 10)
         }
         writer.alias("champion", ids[1], 3)
         writer.alias("previous", ids[2], 3)
-        _race(writer, ids[3])
-    assert prune(store, versions.state, 1) == [5, 4]
-    assert versions.left() == ["v1", "v2", "v3", "v6"]
+        _duel(writer, ids[1], ids[3])
+        for number in range(3, 9):  # v4 to v7 were looked back at, and got no further
+            _race(writer, ids[number])
+    assert prune(store, versions.state, 1) == [7, 6, 5, 4]
+    assert versions.left() == ["v1", "v2", "v3", "v8", "v9"]
+
+
+def _duel(writer: Any, champion_id: int, challenger_id: int) -> None:
+    attempt_id = writer.attempt(
+        NewAttempt(
+            iteration=1, try_no=1, role="duel_champion", proposer_id=champion_id,
+            baseline_config_id=writer.config({"a": 0.75}), prompt="", started_at=LONG_AGO,
+        )
+    )  # fmt: skip
+    writer.begin_duel(
+        NewDuel(
+            iteration=1, kind="challenge", seed=1, champion_id=champion_id, challenger_id=challenger_id,
+            first="champion", attempt_id=attempt_id,
+        )
+    )  # fmt: skip
 
 
 def _race(writer: Any, proposer_id: int) -> None:
-    from overnight.store.contests import NewRace
-
     writer.begin_race(NewRace(iteration=3, distillation_id=None, challenger_id=proposer_id, held_out=0))
 
 

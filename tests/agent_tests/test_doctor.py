@@ -241,9 +241,16 @@ def test_turns_before_until_are_counted_after_calibration_and_holdout(tmp_path: 
 
 def test_the_disk_for_the_whole_campaign_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = campaign(tmp_path, budget={"iterations": 10})
-    student = {"proposers": {"s": {"kind": "student"}}, "router": {"champion": "random", "challenger": "s"}}
-    big = campaign(tmp_path, budget={"iterations": 10}, **student)
-    assert disk_needed(big, 0) - disk_needed(small, 0) == 13 * 128 * 2**20
+    student = {"proposers": {"s": {"kind": "student"}}, "distill": {"every": 25}}
+
+    def adapters(turns: int, done: int, **router: Any) -> float:
+        budget, with_student = {"iterations": turns}, {"champion": "random", "challenger": "s", **router}
+        big = disk_needed(campaign(tmp_path, budget=budget, router=with_student, **student), done)
+        return (big - disk_needed(campaign(tmp_path, budget=budget), done)) / (128 * 2**20)
+
+    assert (adapters(60, 0), adapters(60, 30), adapters(1000, 0)) == (2, 1, 40)
+    assert (adapters(60, 0, duel_share=0), adapters(1000, 0, duel_share=0.0)) == (2, 13)
+    assert adapters(1000, 0, evidence="heldout") == 13
     assert disk_needed(campaign(tmp_path, budget={"iterations": 1010}), 0) - disk_needed(small, 0) == 1000 * 2**14
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(100, 99, 2**20))
     finding = machine.disk(str(tmp_path / "o.db"), disk_needed(small, 0), "it")
