@@ -157,7 +157,7 @@ class LiveFile:
         while not self._ended.is_set():
             self._changed.wait()
             self._changed.clear()
-            if self._is_ours and not self._ended.is_set():
+            if not self._ended.is_set():
                 self._write()
             self._ended.wait(EVERY_S)
 

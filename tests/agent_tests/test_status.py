@@ -99,13 +99,15 @@ def test_a_second_run_leaves_the_first_ones_files_alone_and_tells_nobody(tmp_pat
     folder = write(tmp_path / "mine", budget={"iterations": 500}, trainer={"sleep_s": 3.0}, notify=notify)
     process = started("run", "mine", "--allow", cwd=tmp_path)
     live, log = tmp_path / "overnight.db.c.live.json", tmp_path / "overnight.db.c.log"
-    wait_until(lambda: live.exists() and "trial" in live.read_text(), seconds=DEADLINE_S, what="a trial")
-    second = overnight("run", "mine", "--allow", cwd=tmp_path)
-    assert (second.returncode, f"is being run by process {process.pid}" in second.stderr) == (2, True)
-    assert f":{process.pid}:" in live.read_text()
-    assert "run_ended" not in log.read_text()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=DEADLINE_S)
+    try:
+        wait_until(lambda: live.exists() and "trial" in live.read_text(), seconds=DEADLINE_S, what="a trial")
+        second = overnight("run", "mine", "--allow", cwd=tmp_path)
+        assert (second.returncode, f"is being run by process {process.pid}" in second.stderr) == (2, True)
+        assert f":{process.pid}:" in live.read_text()
+        assert "run_ended" not in log.read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=DEADLINE_S)
     assert not live.exists()
     assert not (folder / "told").exists()
 
