@@ -90,7 +90,12 @@ def _kind(runtime: Runtime, iteration: int, standing: Standing) -> DuelKind | No
         if turn != "champion":
             return "return" if turn == "duel" else None
     challenge = standing.challenge
-    is_open = challenge is not None and (challenge.race is None or challenge.gate.holds or not challenge.is_student)
+    is_open = challenge is not None and (
+        challenge.race is None
+        or challenge.gate.holds
+        or challenge.gate.wants == "champion"  # which says nothing against the student
+        or not challenge.is_student
+    )
     if is_open and router.evidence == "duels" and runtime.draw_unit("duel", iteration) < chance(router.duel_share):
         return "challenge"
     if standing.predecessor is not None and runtime.draw_unit("recheck", iteration) < router.explore:

@@ -11,6 +11,8 @@ from overnight.agent.router import Gate, HeldOutAnswer, Look, check_gate, look
 from overnight.store.contests import Race, RaceItem
 
 NOT_RACED = Gate(("not looked back at yet",))
+NOT_BESIDE = Gate(("not looked back at beside the present champion yet",), wants="champion")
+"""For a race that was run against another champion: nothing in it compares with this one."""
 
 
 def gate_of(
@@ -22,23 +24,32 @@ def gate_of(
     max_latency_s: float,
 ) -> Gate:
     """Return whether the newest race of a challenger allows a promotion."""
-    if race is None:
-        return NOT_RACED
-    if challenger_id is None or champion_id is None:
+    if race is None or challenger_id is None:
         return NOT_RACED
     return gate_on(items, challenger_id, champion_id, max_latency_s=max_latency_s, leak=race.failure)
 
 
 def gate_on(
-    items: Sequence[RaceItem], challenger_id: int, champion_id: int, *, max_latency_s: float, leak: str | None = None
+    items: Sequence[RaceItem],
+    challenger_id: int,
+    champion_id: int | None,
+    *,
+    max_latency_s: float,
+    leak: str | None = None,
 ) -> Gate:
-    """Return whether these answers allow a promotion."""
+    """Return whether these answers allow a promotion: all of the challenger's count, common ones are compared."""
     if leak is not None:
         return Gate((leak,))
+    if items and champion_id not in {item.proposer_id for item in items}:
+        return NOT_BESIDE
     challenger, champion = (_first_answers(items, who) for who in (challenger_id, champion_id))
-    common = challenger.keys() & champion.keys() if champion else challenger.keys()
+    common = challenger.keys() & champion.keys()
     return check_gate(
-        _look(challenger, common), _look(champion, common) if champion else None, max_latency_s=max_latency_s
+        _look(challenger, challenger),
+        _look(champion, common),
+        max_latency_s=max_latency_s,
+        beside=_look(challenger, common),
+        held_out=len({item.attempt_id for item in items}),
     )
 
 

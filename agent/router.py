@@ -29,6 +29,9 @@ PROBATION_TURNS = 40
 """Turns after a promotion during which the promoted student alternates with its predecessor."""
 LEAD = 1.5
 """An e-value from which a challenger is in the lead: it keeps its place when a newer version is trained."""
+MIN_ITEMS = 3
+"""Held-out turns that a challenger must have answered, and the champion beside it, for a gate to hold. Where fewer are
+held out on purpose, all of them, and never less than two: one answer cannot show a collapse."""
 HELDOUT_ITEMS = 5
 """Held-out items with both picks measured that `evidence = "heldout"` asks for."""
 
@@ -87,6 +90,8 @@ class Gate:
     """Whether looking back allows a promotion, and if not, each reason in words."""
 
     failures: tuple[str, ...]
+    wants: Literal["challenger", "champion"] | None = None
+    """Whose answers are too few, where nothing else stands against a promotion: another look may bring them."""
 
     @property
     def holds(self) -> bool:
@@ -94,17 +99,30 @@ class Gate:
         return not self.failures
 
 
-def check_gate(challenger: Look | None, champion: Look | None, *, max_latency_s: float) -> Gate:
-    """Check a challenger's held-out answers against the champion's to the same prompts.
+def check_gate(
+    challenger: Look | None,
+    champion: Look | None,
+    *,
+    max_latency_s: float,
+    beside: Look | None = None,
+    held_out: int = MIN_ITEMS,
+) -> Gate:
+    """Check a challenger's held-out answers, and compare them with the champion's to the same prompts.
 
     Args:
-        challenger: None, or no items, when it was not looked back at: the gate does not hold.
-        champion: None, or no items, when it could not answer: what compares with it is left out, the cap on the most
-            frequent answer stays.
+        challenger: all its answers; None, or no items, when it was not looked back at: the gate does not hold.
+        champion: its answers to prompts that both answered; None, or too few items, when it could not answer: the gate
+            does not hold, and only what no champion could excuse is judged.
         max_latency_s: `[router] max_latency_s`.
+        beside: the challenger's answers to the champion's prompts; None: it answered no others.
+        held_out: how many turns are held out; less than `MIN_ITEMS` of them are enough where there are no more.
     """
     if challenger is None or challenger.items == 0:
-        return Gate(("not looked back at: no held-out items were answered",))
+        return Gate(("not looked back at: no held-out items were answered",), wants="challenger")
+    needed = max(2, min(MIN_ITEMS, held_out))
+    common = 0 if champion is None else champion.items
+    if common < needed:
+        champion = None
     failures = []
     if challenger.validity < MIN_VALIDITY:
         failures.append(
@@ -114,29 +132,38 @@ def check_gate(challenger: Look | None, champion: Look | None, *, max_latency_s:
     if challenger.latency_p95_s is None or challenger.latency_p95_s > max_latency_s:
         took = "was not measured" if challenger.latency_p95_s is None else f"is {challenger.latency_p95_s:.2g} s"
         failures.append(f"latency: the 95th percentile {took}, `max_latency_s` is {max_latency_s:g} s")
-    failures += _collapse(challenger, champion)
+    failures += _collapse(challenger, champion, beside or challenger)
+    if challenger.items < needed:
+        few = f"too few answers: {challenger.items} to {held_out} held-out turns, {needed} are needed"
+        return Gate((*failures, few), wants=None if failures else "challenger")
+    if champion is None:
+        few = f"the champion answered {common or 'none'} of the challenger's {challenger.items} prompts"
+        return Gate(
+            (*failures, f"too few to compare with: {few}, {needed} are needed"), None if failures else "champion"
+        )
     return Gate(tuple(failures))
 
 
-def _collapse(challenger: Look, champion: Look | None) -> list[str]:
-    cap = min(max(MODE_CAP, champion.mode_share if champion else 0.0), MODE_CAP_MOST)
+def _collapse(challenger: Look, champion: Look | None, beside: Look) -> list[str]:
+    """Judge the most frequent of all answers, and compare the variety of those to prompts that both answered."""
+    cap = MODE_CAP_MOST if champion is None else min(max(MODE_CAP, champion.mode_share), MODE_CAP_MOST)
     failures = []
     if challenger.mode is not None and challenger.items > 1 and challenger.mode_share > cap:
         knob, value = challenger.mode
         failures.append(
             f"collapse: {challenger.mode_share:.0%} of its answers are `{knob}={value}`, at most {cap:.0%} may be"
         )
-    if champion is None or champion.items == 0:
+    if champion is None:
         return failures
     distinct, entropy = DISTINCT_SHARE * champion.distinct, ENTROPY_SHARE * champion.entropy
-    if challenger.distinct < distinct:
+    if beside.distinct < distinct:
         failures.append(
-            f"collapse: {challenger.distinct} distinct answers over {challenger.items} prompts, the champion gives "
+            f"collapse: {beside.distinct} distinct answers over {beside.items} prompts, the champion gives "
             f"{champion.distinct}; at least {math.ceil(distinct)} are needed"
         )
-    if challenger.entropy < entropy:
+    if beside.entropy < entropy:
         failures.append(
-            f"collapse: the entropy of its answers is {challenger.entropy:.2f} nats, the champion's "
+            f"collapse: the entropy of its answers is {beside.entropy:.2f} nats, the champion's "
             f"{champion.entropy:.2f}; at least {entropy:.2f} are needed"
         )
     return failures

@@ -27,7 +27,7 @@ from overnight.agent.events import Event
 from overnight.agent.evidence import Evidence
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Proposer
-from overnight.agent.race_gate import NOT_RACED
+from overnight.agent.race_gate import NOT_BESIDE, NOT_RACED
 from overnight.agent.router import route_predecessor, why_not
 from overnight.agent.runtime import Runtime
 from overnight.store.contests import Duel, NewPromotion, Switch
@@ -70,15 +70,24 @@ def due(runtime: Runtime, state: CampaignState, position: Position, *, over: boo
 def _needs_race(runtime: Runtime, challenge: Challenge, position: Position) -> bool:
     """Whether a challenger has to be looked back at now.
 
-    A student is, once, when it was trained. Whoever else challenges is when everything but the gate speaks for it, and
-    again after `distill.every` turns while the gate alone stands against it.
+    A student is once, when it was trained, and again after `distill.every` turns while only answers are wanting.
+    Whoever else challenges is when everything but the gate speaks for it, and again after `distill.every` turns while
+    the gate alone stands against it. Anybody is at once when the champion is another than the one of its last race.
     """
-    file, turn = runtime.campaign.file, position.iteration - 1
+    file, turn, race = runtime.campaign.file, position.iteration - 1, challenge.race
+    heldout = file.router.evidence == "heldout"
+    if race is None:
+        due = challenge.evidence.reached or (heldout and turn % file.distill.every == 0)
+        return due or challenge.distillation_id is not None
+    if challenge.gate == NOT_BESIDE:
+        return challenge.evidence.reached or heldout or challenge.distillation_id is not None
+    if turn - race.iteration < file.distill.every:
+        return False
     if challenge.distillation_id is not None:
-        return challenge.race is None
-    if challenge.race is not None and (challenge.gate.holds or turn - challenge.race.iteration < file.distill.every):
-        return file.router.evidence == "heldout" and turn - challenge.race.iteration >= file.distill.every
-    return challenge.evidence.reached or (file.router.evidence == "heldout" and turn % file.distill.every == 0)
+        return challenge.gate.wants is not None and race.held_out > 1
+    if challenge.gate.holds:
+        return heldout
+    return challenge.evidence.reached or (heldout and turn % file.distill.every == 0)
 
 
 def _switch_due(runtime: Runtime, standing: Standing) -> bool:

@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 
-from overnight.agent.duels import chance, duel_seed
-from overnight.agent.evidence import Bank
+from overnight.agent.contest import Challenge, Standing
+from overnight.agent.duels import chance, drawn, duel_seed
+from overnight.agent.evidence import Bank, weigh
 from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.router import Gate, Route
 from overnight.agent.run import run_campaign
+from overnight.store.contests import Race
 from overnight.store.errors import ProposerError
-from overnight.store.protocol import Attempt
+from overnight.store.protocol import Attempt, Position
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
 from .campaigns import first_move, run, runtime
 from .contests import contested, rows, said, sides, toward
+from .test_race import student
 
 
 @pytest.fixture
@@ -261,3 +265,23 @@ def test_killed_anywhere_in_a_duel_it_comes_to_one_item(tmp_path: Path, store: S
     assert rows(store, query) == rows(calm, query)
     assert len(rows(store, query)) == 1
     calm.close()
+
+
+@pytest.mark.parametrize(("wants", "duels"), [("champion", True), ("challenger", False), (None, False)])
+def test_a_student_goes_on_duelling_while_only_the_champions_answers_are_wanting(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, wants: Any, duels: bool
+) -> None:
+    of = contested(tmp_path)
+    two, gate = student(of, tiny_model, tmp_path), Gate(("too few",), wants)
+    race = Race(
+        id=1, iteration=1, distillation_id=1, challenger_id=2, held_out=5, verdict=None, failure=None, started_at="",
+        ended_at="",
+    )  # fmt: skip
+    challenge = Challenge(two, 2, 1, 1, weigh([], 0.05), gate, race, Route("stay", ""))
+    proposers = {**sides(first_move, []), "two": two}
+    running = runtime(of, store, proposers=proposers)
+    try:
+        begun = drawn(running, Position("propose", 2, 1, None), Standing(proposers["one"], challenge=challenge))
+    finally:
+        running.close()
+    assert (begun is not None) == duels

@@ -19,6 +19,7 @@ from overnight.agent.race import find_leak, look_back, plan_race
 from overnight.agent.race_measure import measure_picks
 from overnight.agent.run import prepared
 from overnight.agent.runtime import Runtime
+from overnight.agent.switching import by_hand
 from overnight.distill.base import find_base
 from overnight.distill.host import ModelHost
 from overnight.report.races import items_of
@@ -304,3 +305,59 @@ def test_the_lease_is_kept_while_contenders_think(tmp_path: Path, store: SqlStor
         looked_back(of, store, sides(thinks, thinks), draws=5)
     assert len(silent) == 3 * (4 + 5)
     assert max(silent) < REMOTE_SILENCE.total_seconds()
+
+
+def down(_ask: Ask) -> str:
+    raise ProposerError("connection refused", failure="llm_error")
+
+
+class Challenged:
+    """A campaign whose champion is challenged by a student that was distilled after six turns and never answers."""
+
+    def __init__(self, folder: Path, store: SqlStore, tiny_model: Path, *, every: int, **cast: Any) -> None:
+        self.folder, self.store, self.every = folder, store, every
+        of = played(folder, store)
+        ((cut,),) = rows(store, "SELECT id FROM attempts WHERE iteration = 3")
+        distilled(store, folder / "nowhere", cut=cut, iteration=6)
+        self.cast = {**sides(toward(of, 0.5), []), **cast, "two": student(of, tiny_model, folder)}
+
+    def campaign(self, turns: int) -> Any:
+        distill = {"holdout": 3, "every": self.every}
+        proposers = {"random": {"kind": "random"}}
+        return contested(self.folder, budget={"iterations": turns}, distill=distill, proposers=proposers)
+
+    def play(self, turns: int) -> None:
+        assert run(self.campaign(turns), self.store, proposers=self.cast).finished
+
+    def promote(self, who: str) -> None:
+        running: Runtime = runtime(self.campaign(20), self.store, proposers=self.cast)
+        try:
+            by_hand(running, running.state(), 7, "promote_requested", {"proposer": who})
+        finally:
+            running.close()
+
+    def races(self) -> list[Any]:
+        return rows(self.store, "SELECT iteration FROM races ORDER BY id")
+
+
+def test_a_student_is_looked_back_at_again_while_answers_are_wanting_but_not_each_turn(
+    tmp_path: Path, store: SqlStore, tiny_model: Path
+) -> None:
+    night = Challenged(tmp_path, store, tiny_model, every=2)
+    night.play(11)
+    assert night.races() == [(6,), (8,), (10,)]
+
+
+@pytest.mark.parametrize("reply", [first_move, down])
+def test_a_new_champion_has_the_challenger_looked_back_at_once_more(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, reply: Any
+) -> None:
+    night = Challenged(tmp_path, store, tiny_model, every=25, random=ScriptedProposer("random", reply))
+    night.play(7)
+    night.promote("random")
+    assert night.races() == [(6,)]
+    night.play(10)
+    assert night.races() == [(6,), (7,)]
+    asked = rows(store, "SELECT DISTINCT p.name FROM race_items i JOIN proposers p ON p.id = i.proposer_id "
+                        "WHERE race_id = 2 ORDER BY 1")  # fmt: skip
+    assert asked == [("random",), ("two",)]

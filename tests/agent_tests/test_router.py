@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overnight.agent.evidence import share, weigh
+from overnight.agent.race_gate import NOT_BESIDE, gate_on
 from overnight.agent.router import (
     HELDOUT_ITEMS,
     PROBATION_TURNS,
@@ -24,6 +26,7 @@ from overnight.agent.router import (
     route_predecessor,
     why_not,
 )
+from overnight.store.contests import RaceItem
 
 OPEN = Gate(())
 SHUT = Gate(("collapse: 100% of its answers are `lr=0.001`, at most 50% may be",))
@@ -104,9 +107,85 @@ def test_without_held_out_answers_the_gate_does_not_hold(unseen: Look | None) ->
     assert _failures(unseen) == ("not looked back at: no held-out items were answered",)
 
 
-def test_a_champion_that_could_not_answer_leaves_the_absolute_checks() -> None:
-    assert _failures(VARIED, None) == ()
-    assert any(why.startswith("collapse") for why in _failures(look(_answers([1] * 20)), look([])))
+def test_a_champion_that_could_not_answer_leaves_nothing_to_compare_with() -> None:
+    gate = check_gate(VARIED, look([]), max_latency_s=5.0)
+    words = "too few to compare with: the champion answered none of the challenger's 20 prompts, 3 are needed"
+    assert (gate.failures, gate.wants) == ((words,), "champion")
+    collapsed = check_gate(look(_answers([1] * 20)), None, max_latency_s=5.0)
+    assert (collapsed.failures[0].split(":")[0], collapsed.wants) == ("collapse", None)
+
+
+def _items(who: int, answers: list[int | None], *, valid: int = 99, latency: float = 0.1) -> list[RaceItem]:
+    """Return a contestant's items for turns 1, 2, ...: the value that it named, or None where it gave no answer."""
+    plain: dict[str, Any] = dict.fromkeys(RaceItem.__slots__)
+    return [
+        RaceItem(**plain | {"attempt_id": turn, "proposer_id": who, "draw": 0, "source": "asked"} | (
+            {"failure": "connection refused"} if value is None else
+            {"knob": "n_layer", "new_value": str(value), "valid": turn <= valid, "latency_s": latency}
+        ))
+        for turn, value in enumerate(answers, 1)
+    ]  # fmt: skip
+
+
+CHAMPION, CHALLENGER = 1, 2
+AWAY: list[int | None] = [None] * 10
+
+
+def _gate(challenger: list[RaceItem], champion: list[int | None]) -> Gate:
+    return gate_on([*challenger, *_items(CHAMPION, champion)], CHALLENGER, CHAMPION, max_latency_s=5.0)
+
+
+@pytest.mark.parametrize(
+    ("challenger", "word"),
+    [
+        (_items(CHALLENGER, [1] * 10), "collapse"),
+        (_items(CHALLENGER, list(range(10)), valid=9), "validity"),
+        (_items(CHALLENGER, list(range(10)), latency=9.0), "latency"),
+    ],
+)
+@pytest.mark.parametrize("answered", [1, 3])
+def test_all_answers_of_a_challenger_count_whatever_the_champion_answered(
+    challenger: list[RaceItem], word: str, answered: int
+) -> None:
+    gate = _gate(challenger, [*range(answered), *AWAY[answered:]])
+    assert gate.failures[0].startswith(word)
+    assert gate.wants is None
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "wants"),
+    [
+        ([5, 5, *AWAY[2:]], [*range(10)], None),
+        ([5, 6, *AWAY[2:]], [*range(10)], "challenger"),
+        ([*range(10)], [1, 2, *AWAY[2:]], "champion"),
+        ([*range(10)], AWAY, "champion"),
+        ([5], [1], "challenger"),
+    ],
+)
+def test_too_few_answers_fail_the_gate(
+    challenger: list[int | None], champion: list[int | None], wants: str | None
+) -> None:
+    gate = _gate(_items(CHALLENGER, challenger), champion)
+    assert "too few" in gate.failures[-1]
+    assert gate.wants == wants
+
+
+@pytest.mark.parametrize("held_out", [2, 3, 4])
+def test_a_small_holdout_is_enough_where_all_of_it_is_answered(held_out: int) -> None:
+    assert _gate(_items(CHALLENGER, [*range(held_out)]), [*range(held_out)]).holds
+    assert not _gate(_items(CHALLENGER, [7] * held_out), [*range(held_out)]).holds
+
+
+def test_what_compares_is_judged_over_prompts_that_both_answered() -> None:
+    """Beside a champion with five different answers, two to the same prompts are too few, whatever came later."""
+    (failure, *_) = _gate(_items(CHALLENGER, [1, 1, 1, 2, 2, 3, 4, 5, 6, 7]), [*range(5), *AWAY[5:]]).failures
+    assert failure.startswith("collapse: 2 distinct answers over 5 prompts, the champion gives 5")
+
+
+def test_a_race_against_another_champion_says_nothing_about_this_one() -> None:
+    items = [*_items(CHALLENGER, [*range(10)]), *_items(CHAMPION, [*range(10)])]
+    assert gate_on(items, CHALLENGER, 3, max_latency_s=5.0) == NOT_BESIDE
+    assert gate_on([*items, *_items(3, AWAY)], CHALLENGER, 3, max_latency_s=5.0) != NOT_BESIDE
 
 
 def test_promotion_takes_evidence_and_the_gate() -> None:
