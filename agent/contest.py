@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overnight.agent.evidence import Evidence, share, weigh
+from overnight.agent.inherit import inherited_adapter
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Answer, Ask, Proposer
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.race_gate import gains_by_turn, gate_of
-from overnight.agent.router import Gate, Route, keeps_place, route_challenger, route_heldout, route_predecessor
+from overnight.agent.router import Gate, Route, keeps_place, reigns, route_challenger, route_heldout, route_predecessor
 from overnight.agent.runtime import Runtime
 from overnight.store.contests import Contestant, DuelKind, Promotion, Race, RaceItem, adapter_version, label
 from overnight.store.errors import CampaignError, ProposerError
@@ -182,17 +183,6 @@ def _stand(
     )
 
 
-def reigns(switches: Sequence[Promotion]) -> list[Promotion]:
-    """Return the promotions that were not rolled back, oldest first: the last one made the champion."""
-    stack: list[Promotion] = []
-    for switch in switches:
-        if switch.kind == "promotion":
-            stack.append(switch)
-        elif stack:
-            stack.pop()
-    return stack
-
-
 def _switches(runtime: Runtime, state: CampaignState) -> Sequence[Promotion]:
     return runtime.store.promotions(state.id) if runtime.stood is None else runtime.stood.switches
 
@@ -306,34 +296,10 @@ def _candidate(
     if newest is not None:
         distillation_id, version, folder = newest
         return with_adapter(runtime, proposer, version, folder), distillation_id
-    inherited = inherited_adapter(runtime)
+    inherited = inherited_adapter(runtime, state)
     if inherited is not None:
         return with_adapter(runtime, proposer, *inherited), None
     return (proposer, None) if proposer.describe()["adapter"] is not None else None
-
-
-def inherited_adapter(runtime: Runtime) -> tuple[str, str] | None:
-    """Return version and folder of the adapter of the champion of the campaign that `[router] inherit` names.
-
-    Raises:
-        CampaignError: this store has no such campaign, or its champion has no adapter.
-    """
-    name = runtime.campaign.file.router.inherit
-    if not name:
-        return None
-    where = f"{runtime.campaign.path}: `router.inherit`"
-    other = runtime.store.campaign(name)
-    if other is None:
-        raise CampaignError(f"{where}: this store has no campaign `{name}`; name one that it has, or drop the key")
-    reign = reigns(runtime.store.promotions(other.id))
-    champion = runtime.store.contestant(reign[-1].to_proposer_id) if reign else None
-    version = None if champion is None else adapter_version(champion.description)
-    folder = None if champion is None or version is None else runtime.store.adapter_folder(
-        other.id, champion.name, version
-    )  # fmt: skip
-    if version is None or folder is None:
-        raise CampaignError(f"{where}: the champion of `{name}` has no adapter to start from; drop the key")
-    return f"{name}/{version}", folder
 
 
 def _weigh(

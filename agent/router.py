@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overnight.agent.evidence import Evidence
+from overnight.store.contests import Promotion
 from overnight.store.records import KnobValue
 
 MIN_VALIDITY = 0.99
@@ -230,6 +231,17 @@ def route_heldout(challenger: Mapping[int, float], champion: Mapping[int, float]
     if mean <= 0:
         return Route("stay", words)
     return Route("ask" if ask else "promote", words)
+
+
+def reigns(switches: Sequence[Promotion]) -> list[Promotion]:
+    """Return the promotions that were not rolled back, oldest first: the last one made the champion."""
+    stack: list[Promotion] = []
+    for switch in switches:
+        if switch.kind == "promotion":
+            stack.append(switch)
+        elif stack:
+            stack.pop()
+    return stack
 
 
 Turn = Literal["duel", "predecessor", "champion"]

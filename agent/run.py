@@ -19,6 +19,7 @@ from overnight.agent.campaign import Campaign, frozen_part
 from overnight.agent.checkpoints import checkpointer
 from overnight.agent.deadline import deadline_of
 from overnight.agent.events import Hooks, Paused, RunStarted, Stopped
+from overnight.agent.inherit import check_inherited
 from overnight.agent.measure import probe
 from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
@@ -226,6 +227,7 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
     """
     runtime.switch = switch = switch or runtime.switch
     began = clock.time()
+    check_inherited(runtime)
     try:
         with runtime.waiting():
             runtime.info = prepared(runtime.campaign, runtime.trainer)
@@ -333,6 +335,7 @@ def go_on(runtime: Runtime) -> None:
         LeaseHeldError: another process runs the campaign.
         CampaignError, TrainerError: it cannot be run here.
     """
+    check_inherited(runtime)
     runtime.info = runtime.info or prepared(runtime.campaign, runtime.trainer)
     _start(runtime)
     campaign_id = runtime.state().id

@@ -305,6 +305,10 @@ class ContestReader(Protocol):
         """Return the folder of an adapter: `v3` of this campaign's student, or `other/v3` of another campaign's."""
         ...
 
+    def known_versions(self, campaign_id: int, proposer: str) -> Sequence[str]:
+        """Return the adapter versions with which a proposer took part, the newest to do so first."""
+        ...
+
     def last_duel(self, campaign_id: int) -> Duel | None:
         """Return the newest duel."""
         ...

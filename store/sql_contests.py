@@ -29,6 +29,7 @@ from overnight.store.contests import (
     RaceItem,
     Settlement,
     Side,
+    adapter_version,
 )
 from overnight.store.hashing import JsonValue, canonical_json, digest
 from overnight.store.records import Config
@@ -141,6 +142,13 @@ class SqlContestReads:
         query = select(DistillationRow.adapter).where(whose, DistillationRow.version == int(number))
         row = self._one(query.order_by(DistillationRow.id.desc()).limit(1))
         return None if row is None else cast(str | None, row["adapter"])
+
+    def known_versions(self, campaign_id: int, proposer: str) -> Sequence[str]:
+        """Return the adapter versions with which a proposer took part, the newest to do so first."""
+        own = ProposerRow.campaign_id == campaign_id, ProposerRow.name == proposer
+        rows = self._rows(_CONTESTANTS.where(*own).order_by(ProposerRow.id.desc()))
+        versions = (adapter_version(_contestant(row).description) for row in rows)
+        return [version for version in versions if version is not None]
 
     def last_duel(self, campaign_id: int) -> Duel | None:
         """Return the newest duel."""

@@ -72,7 +72,7 @@ def contest_columns(store: TrajectoryStore, state: CampaignState) -> dict[str, o
 
 def champion_label(store: TrajectoryStore, state: CampaignState, switches: Sequence[Promotion]) -> str | None:
     """Return who has the turns: by the last switch, else by the campaign file."""
-    from overnight.agent.contest import reigns
+    from overnight.agent.router import reigns
 
     reign = reigns(switches)
     if reign:

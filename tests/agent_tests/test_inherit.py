@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from overnight.agent import contest
 from overnight.agent import contest_events as events
 from overnight.agent.campaign import Campaign
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
+from overnight.agent.runtime import Runtime
 from overnight.agent.switching import by_hand
 from overnight.distill.base import find_base
 from overnight.distill.host import ModelHost
 from overnight.store.errors import CampaignError
+from overnight.store.learning import NewDistillation
 from overnight.store.sql_store import SqlStore
 
+from .adapters import make_adapter
 from .campaigns import Recorder, campaign, run, runtime
 from .contests import rows
-from .test_distilling import DISTILL, KeptHost
+from .test_distilling import DISTILL, LONG_AGO, KeptHost
 
 
 @pytest.fixture
@@ -69,9 +74,43 @@ class Stage:
         return seen
 
     def promote(self, of: Campaign) -> None:
+        with self.opened(of) as running:
+            by_hand(running, running.state(), 9, "promote_requested", {"proposer": "student"})
+
+    def roll_back(self, of: Campaign) -> None:
+        with self.opened(of) as running:
+            by_hand(running, running.state(), 9, "rollback_requested", {})
+
+    def distilled(self, of: Campaign, version: int) -> None:
+        """Add a version that was never trained."""
+        folder = make_adapter(self.store.home(), of.name, version)
+        with self.opened(of) as running, running.writing() as writer:
+            writer.distillation(
+                NewDistillation(
+                    iteration=version, proposer="student", version=version, objective="clone", corpus_hash=None,
+                    cut_attempt_id=None, rows=1, adapter=str(folder), metrics={}, failure=None, wall_s=1.0,
+                    started_at=LONG_AGO,
+                )
+            )  # fmt: skip
+
+    def meet(self, of: Campaign) -> None:
+        """Have the challenger take part, as a duel that begins does."""
+        with self.opened(of) as running:
+            challenge = contest.standing(running, running.state()).challenge
+            assert challenge is not None
+            with running.writing() as writer:
+                writer.alias("challenger", contest.stored_id(writer, challenge.proposer), 1)
+
+    def challenger(self, of: Campaign) -> str | None:
+        with self.opened(of) as running:
+            challenge = contest.standing(running, running.state()).challenge
+            return None if challenge is None else contest.label_of(challenge.proposer)
+
+    @contextmanager
+    def opened(self, of: Campaign) -> Iterator[Runtime]:
         running = runtime(of, self.store, proposers=self.cast(of))
         try:
-            by_hand(running, running.state(), 9, "promote_requested", {"proposer": "student"})
+            yield running
         finally:
             running.close()
 
@@ -107,3 +146,44 @@ def test_what_cannot_be_inherited_is_refused_in_a_line(stage: Stage, name: str, 
     with pytest.raises(CampaignError, match=f"`router.inherit`: {words}"):
         stage.play(stage.campaign("new", 3, inherit=name, duel_share=0.5))
     assert rows(stage.store, "SELECT count(*) FROM attempts WHERE campaign_id = 2") == [(0,)]
+    assert rows(stage.store, "SELECT count(*) FROM trials WHERE campaign_id = 2") == [(0,)]
+
+
+@pytest.fixture
+def begun(stage: Stage) -> tuple[Campaign, Campaign]:
+    """Return a campaign whose student was promoted, and one that inherits from it and has taken a turn."""
+    before, after = stage.campaign("old", 1), stage.campaign("new", 1, inherit="old")
+    stage.play(before)
+    stage.distilled(before, 1)
+    stage.promote(before)
+    stage.play(after)
+    return before, after
+
+
+def test_a_challenger_that_took_part_stays_although_the_other_campaign_promotes_a_newer_one(
+    stage: Stage, begun: tuple[Campaign, Campaign]
+) -> None:
+    before, after = begun
+    stage.meet(after)
+    stage.distilled(before, 2)
+    stage.promote(before)
+    assert stage.challenger(after) == "student@old/v1"
+    assert stage.challenger(stage.campaign("third", 1, inherit="old")) == "student@old/v2"
+
+
+def test_a_challenger_that_took_part_stays_although_the_other_campaign_rolls_back(
+    stage: Stage, begun: tuple[Campaign, Campaign]
+) -> None:
+    before, after = begun
+    stage.meet(after)
+    stage.roll_back(before)
+    assert stage.challenger(after) == "student@old/v1"
+
+
+def test_a_campaign_under_way_goes_on_where_there_is_nothing_to_inherit_any_more(
+    stage: Stage, begun: tuple[Campaign, Campaign]
+) -> None:
+    before, after = begun
+    stage.roll_back(before)
+    assert stage.challenger(after) is None
+    assert stage.play(stage.campaign("new", 2, inherit="old")).kinds()[-1] == "finished"
