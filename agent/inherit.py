@@ -21,7 +21,7 @@ def check_inherited(runtime: Runtime) -> None:
         CampaignError: there is no such campaign, or its champion has no adapter.
     """
     challenger = runtime.campaign.file.router.challenger
-    if challenger is not None and isinstance(runtime.proposers[challenger], StudentProposer):
+    if challenger is not None and isinstance(runtime.proposers.get(challenger), StudentProposer):
         inherited_adapter(runtime, runtime.store.campaign(runtime.name))
 
 

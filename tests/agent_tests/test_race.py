@@ -314,11 +314,13 @@ def down(_ask: Ask) -> str:
 class Challenged:
     """A campaign whose champion is challenged by a student that was distilled after six turns and never answers."""
 
-    def __init__(self, folder: Path, store: SqlStore, tiny_model: Path, *, every: int, **cast: Any) -> None:
+    def __init__(
+        self, folder: Path, store: SqlStore, tiny_model: Path, *, every: int, cut: int = 3, **cast: Any
+    ) -> None:
         self.folder, self.store, self.every = folder, store, every
         of = played(folder, store)
-        ((cut,),) = rows(store, "SELECT id FROM attempts WHERE iteration = 3")
-        distilled(store, folder / "nowhere", cut=cut, iteration=6)
+        ((last,),) = rows(store, f"SELECT id FROM attempts WHERE iteration = {cut}")
+        distilled(store, folder / "nowhere", cut=last, iteration=6)
         self.cast = {**sides(toward(of, 0.5), []), **cast, "two": student(of, tiny_model, folder)}
 
     def campaign(self, turns: int) -> Any:
@@ -340,12 +342,14 @@ class Challenged:
         return rows(self.store, "SELECT iteration FROM races ORDER BY id")
 
 
-def test_a_student_is_looked_back_at_again_while_answers_are_wanting_but_not_each_turn(
-    tmp_path: Path, store: SqlStore, tiny_model: Path
+@pytest.mark.parametrize(("cut", "races"), [(3, [(6,), (8,), (10,)]), (5, [(6,)]), (6, [(6,)])])
+def test_a_student_is_looked_back_at_again_while_answers_are_wanting_that_could_be_there(
+    tmp_path: Path, store: SqlStore, tiny_model: Path, cut: int, races: list[Any]
 ) -> None:
-    night = Challenged(tmp_path, store, tiny_model, every=2)
+    """Not each turn, and never for a holdout that is too small for any gate."""
+    night = Challenged(tmp_path, store, tiny_model, every=2, cut=cut)
     night.play(11)
-    assert night.races() == [(6,), (8,), (10,)]
+    assert night.races() == races
 
 
 @pytest.mark.parametrize("reply", [first_move, down])
