@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from overnight.agent.campaign import Campaign
@@ -17,7 +17,7 @@ from overnight.agent.run import open_runtime
 from overnight.agent.runtime import Runtime
 from overnight.store.database import is_missing
 from overnight.store.errors import OvernightError
-from overnight.store.protocol import CampaignState
+from overnight.store.protocol import TrajectoryStore
 from overnight.store.sql_store import SqlStore
 
 Doing = Callable[[str], None]
@@ -37,7 +37,7 @@ def campaign_findings(campaign: Campaign, db: str, doing: Doing) -> Iterator[Fin
     """Look at all that a campaign's night will need; it was allowed what it wants."""
     yield parts.described(campaign)
     yield parts.allowed(campaign)
-    with _opened_store(campaign, db) as store:
+    with _opened_store(campaign, db) as (store, others):
         proposers: dict[str, Proposer] = {}
         for name, built in parts.proposers(campaign):
             if isinstance(built, Finding):
@@ -51,12 +51,12 @@ def campaign_findings(campaign: Campaign, db: str, doing: Doing) -> Iterator[Fin
             yield amiss("parts", error)
             return
         try:
-            yield from _tried(runtime, db, doing)
+            yield from _tried(runtime, db, others, doing)
         finally:
             runtime.close()
 
 
-def _tried(runtime: Runtime, db: str, doing: Doing) -> Iterator[Finding]:
+def _tried(runtime: Runtime, db: str, others: TrajectoryStore | None, doing: Doing) -> Iterator[Finding]:
     campaign, state = runtime.campaign, runtime.state()
     yield parts.position(runtime, state)
     needed = planning.disk_needed(campaign, runtime.store.spent(state.id).iterations)
@@ -75,7 +75,11 @@ def _tried(runtime: Runtime, db: str, doing: Doing) -> Iterator[Finding]:
             yield amiss("trial", error)
     latencies: dict[str, float] = {}
     if runtime.info is not None:
-        yield from _asked(runtime, state, latencies, doing)
+        doing(f"one proposal of each of {', '.join(runtime.proposers)}")
+        try:
+            yield from proposals.ask_all(runtime, state, latencies, others=others)
+        except OvernightError as error:
+            yield amiss("proposals", error)
     if tried is not None and tried.result.failure is None:
         sound = largest if largest is not None and largest.result.failure is None else None
         yield planning.time(runtime, state, tried, sound, latencies.get(campaign.champion, 0.0))
@@ -106,29 +110,15 @@ def _trials(runtime: Runtime, doing: Doing) -> Iterator[tuple[Finding, trials.Tr
     yield trials.biggest(runtime, last), last
 
 
-def _asked(runtime: Runtime, state: CampaignState, latencies: dict[str, float], doing: Doing) -> Iterator[Finding]:
-    doing(f"one proposal of each of {', '.join(runtime.proposers)}")
-    try:
-        yield from proposals.ask_all(runtime, state, latencies)
-    except OvernightError as error:
-        yield amiss("proposals", error)
-
-
 @contextmanager
-def _opened_store(campaign: Campaign, db: str) -> Iterator[SqlStore]:
-    """Open the store where it knows the campaign, else a temporary one."""
-    if not is_missing(db):
-        store = SqlStore.open(db)
-        if store.campaign(campaign.name) is not None:
-            try:
-                yield store
-            finally:
-                store.close()
-            return
-        store.close()
-    with tempfile.TemporaryDirectory(prefix="overnight-doctor-") as folder:
-        store = SqlStore.open(Path(folder) / "doctor.db", create=True)
-        try:
-            yield store
-        finally:
-            store.close()
+def _opened_store(campaign: Campaign, db: str) -> Iterator[tuple[SqlStore, SqlStore | None]]:
+    """Open the store where it knows the campaign, else a temporary one, and beside that the one that is there."""
+    with ExitStack() as stack:
+        there = None
+        if not is_missing(db):
+            there = stack.enter_context(closing(SqlStore.open(db)))
+            if there.campaign(campaign.name) is not None:
+                yield there, None
+                return
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-doctor-"))
+        yield stack.enter_context(closing(SqlStore.open(Path(folder) / "doctor.db", create=True))), there

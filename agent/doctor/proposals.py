@@ -1,18 +1,25 @@
-"""Asking each of a campaign's proposers for one real proposal, on the prompt that the next turn would show it."""
+"""Asking each of a campaign's proposers for one real proposal, on the prompt that the next turn would show it.
+
+Asked are those of the campaign file, and those who really propose: a champion that was promoted, and the challenger
+with its newest or its inherited adapter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from overnight.agent.contest import seated
+from overnight.agent.contest import Unusable, label_of, seated, standing, with_adapter
 from overnight.agent.doctor.finding import Finding, amiss, note, ok
+from overnight.agent.inherit import inherited_adapter
 from overnight.agent.propose import StoredHistory
 from overnight.agent.proposers.protocol import Answer, Ask, Proposer
+from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.runtime import Runtime
 from overnight.agent.turns import open_moves, turn_prompt
 from overnight.rails.gate import Verdict, check_reply
 from overnight.store.errors import CampaignError, ProposerError
-from overnight.store.protocol import CampaignState
+from overnight.store.protocol import CampaignState, TrajectoryStore
 
 
 def next_ask(runtime: Runtime, state: CampaignState) -> Ask | None:
@@ -44,27 +51,72 @@ def next_ask(runtime: Runtime, state: CampaignState) -> Ask | None:
     )
 
 
-def ask_all(runtime: Runtime, state: CampaignState, latencies: dict[str, float]) -> Iterator[Finding]:
-    """Ask every proposer, as it takes part now; what each took goes into `latencies`, in seconds."""
+def ask_all(
+    runtime: Runtime, state: CampaignState, latencies: dict[str, float], *, others: TrajectoryStore | None = None
+) -> Iterator[Finding]:
+    """Ask every proposer, as it takes part now.
+
+    Args:
+        runtime: the campaign.
+        state: where it stands.
+        latencies: what each took, in seconds, is put here; the champion's under the name that the file gives it.
+        others: the store of the other campaigns, where it is not the runtime's: the campaign is new there.
+    """
     ask = next_ask(runtime, state)
     if ask is None:
         yield note("proposals", "every legal change was tried", "widen the menu, or start anew with `--fresh`")
         return
+    asked = {f"proposer {name}": seated(runtime, state, name) for name in runtime.proposers}
+    labels = {label_of(proposer) for proposer in asked.values()}
+    champion, challenger = None, None
+    try:
+        champion, challenger = _contestants(runtime, state, others)
+    except CampaignError as error:
+        yield amiss("challenger", error)
+    for proposer in (champion, challenger):
+        if proposer is not None and label_of(proposer) not in labels:
+            asked[f"proposer {label_of(proposer)}"] = proposer
     rails = runtime.rails(state)
-    for name in runtime.proposers:
-        proposer, what = seated(runtime, state, name), f"proposer {name}"
+    for what, proposer in asked.items():
         try:
             answer = proposer.propose(ask)
         except ProposerError as error:
-            hint = "" if "; " in str(error) else f"start what should answer, or correct `[proposers.{name}]`"
-            yield amiss(what, error, hint)
+            yield amiss(what, error, _remedy(proposer, error))
             continue
         except CampaignError as error:
             yield amiss(what, error)
             continue
-        latencies[name] = answer.latency_s
+        latencies[runtime.campaign.champion if proposer is champion else proposer.name] = answer.latency_s
         verdict = check_reply(answer.reply, menu=ask.menu, baseline=ask.baseline, rails=rails)
         yield _judged(runtime, what, proposer, answer, verdict)
+
+
+def _remedy(proposer: Proposer, error: ProposerError) -> str:
+    """Return what helps where the error does not say it itself."""
+    if isinstance(proposer, Unusable):
+        return "put its adapter back; `overnight distill` makes a new one, `overnight promote` another champion"
+    return "" if "; " in str(error) else f"start what should answer, or correct `[proposers.{proposer.name}]`"
+
+
+def _contestants(
+    runtime: Runtime, state: CampaignState, others: TrajectoryStore | None
+) -> tuple[Proposer | None, Proposer | None]:
+    """Return who is champion and who challenges, where what the file names for them could be built.
+
+    Raises:
+        CampaignError: what the challenger should inherit is not there.
+    """
+    named = runtime.campaign.file.router.challenger
+    if any(name is not None and name not in runtime.proposers for name in (runtime.campaign.champion, named)):
+        return None, None
+    if others is None:
+        now = standing(runtime, state)
+        return now.champion, None if now.challenge is None else now.challenge.proposer
+    student = None if named is None else runtime.proposers[named]
+    if not isinstance(student, StudentProposer):
+        return None, None
+    inherited = inherited_adapter(replace(runtime, store=others), None)
+    return None, None if inherited is None else with_adapter(runtime, student, *inherited)
 
 
 def _judged(runtime: Runtime, what: str, proposer: Proposer, answer: Answer, verdict: Verdict) -> Finding:

@@ -28,7 +28,7 @@ from overnight.store.records import Config, TrainerInfo, TrialResult
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
-from .campaigns import campaign, runtime
+from .campaigns import campaign, run, runtime
 from .servers import LoopbackServer, Wire
 from .test_cli import overnight, started, wait_until, write
 from .test_cli import trials as committed
@@ -107,6 +107,21 @@ def test_one_proposer_that_is_amiss_does_not_hide_the_others(tmp_path: Path) -> 
     )
     found = looked(folder)
     assert [found[f"proposer {name}"].state for name in ("bad", "tpe", "random")] == ["NO", "ok", "ok"]
+
+
+def test_what_cannot_be_inherited_is_told_from_the_store_that_is_there(
+    tmp_path: Path, store: SqlStore, tiny_model: Path
+) -> None:
+    run(campaign(tmp_path, campaign={"name": "old"}, budget={"iterations": 1}), store)
+    student = {"kind": "student", "base_model": str(tiny_model), "device": "cpu"}
+    router = {"champion": "random", "challenger": "s", "inherit": "old"}
+    folder = write(tmp_path / "new", proposers={"random": {"kind": "random"}, "s": student}, router=router)
+    loaded = load_campaign(folder)
+    allow(loaded, wants_of(loaded))
+    finding = looked(folder, tmp_path / "store.db")["challenger"]
+    assert (finding.state, finding.remedy) == ("NO", "drop the key")
+    assert "the champion of `old` has no adapter" in finding.found
+    assert list(store.campaigns()) == ["old"]
 
 
 async def enforces_a_schema(wire: Wire) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import pytest
 from overnight.agent import contest
 from overnight.agent import contest_events as events
 from overnight.agent.campaign import Campaign
+from overnight.agent.doctor.finding import Finding
+from overnight.agent.doctor.proposals import ask_all
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.agent.runtime import Runtime
@@ -187,3 +190,45 @@ def test_a_campaign_under_way_goes_on_where_there_is_nothing_to_inherit_any_more
     stage.roll_back(before)
     assert stage.challenger(after) is None
     assert stage.play(stage.campaign("new", 2, inherit="old")).kinds()[-1] == "finished"
+
+
+def asked(stage: Stage, of: Campaign, store: SqlStore, others: SqlStore | None = None) -> dict[str, Finding]:
+    """Have doctor ask everybody."""
+    running = runtime(of, store, proposers=stage.cast(of))
+    running.info = running.trainer.prepare()
+    try:
+        return {finding.what: finding for finding in ask_all(running, running.state(), {}, others=others)}
+    finally:
+        running.close()
+
+
+def contents(store: SqlStore) -> list[Any]:
+    tables = [name for (name,) in rows(store, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    return [rows(store, f"SELECT * FROM {name}") for name in tables]
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_doctor_asks_the_version_that_challenges_or_was_promoted(stage: Stage, old: Campaign, promoted: bool) -> None:
+    if promoted:
+        stage.promote(old)
+    going_on = stage.campaign("old", 20)
+    before = contents(stage.store)
+    assert asked(stage, going_on, stage.store)["proposer student@v1"].state in ("ok", "note")
+    shutil.rmtree(stage.folder / "adapters" / "old" / "v1")
+    gone = asked(stage, going_on, stage.store)["proposer student@v1"]
+    assert (gone.state, "no such folder" in gone.found, "overnight promote" in gone.remedy) == ("NO", True, True)
+    assert contents(stage.store) == before
+
+
+@pytest.mark.usefixtures("old")
+def test_doctor_looks_for_what_a_new_campaign_inherits_where_the_others_are(stage: Stage, tmp_path: Path) -> None:
+    new = stage.campaign("new", 12, inherit="old")
+    for_a_while = SqlStore.open(tmp_path / "doctor.db", create=True)
+    nothing = asked(stage, new, for_a_while, stage.store)["challenger"]
+    assert (nothing.state, nothing.remedy) == ("NO", "drop the key")
+    assert "the champion of `old` has no adapter" in nothing.found
+    stage.promote(stage.campaign("old", 9))
+    found = asked(stage, new, for_a_while, stage.store)
+    assert found["proposer student@old/v1"].state in ("ok", "note")
+    assert "challenger" not in found
+    for_a_while.close()
