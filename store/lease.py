@@ -43,15 +43,29 @@ def acquire(connection: Connection, campaign_id: int) -> Lease:
     row = connection.execute(select(*columns).where(CampaignRow.id == campaign_id).with_for_update()).one()
     owner = this_process()
     if row.lease_owner not in (None, owner) and is_alive(row.lease_owner, row.lease_seen_at):
-        host, pid, _ = row.lease_owner.rsplit(":", 2)
-        raise LeaseHeldError(
-            f"campaign `{row.name}` is being run by process {pid} on {host} since {row.lease_since}; "
-            f"`overnight pause {row.name}` stops it after its current trial"
-        )
+        raise _held(row.name, row.lease_owner, row.lease_since)
     now = utc_now()
     values = {"lease_epoch": row.lease_epoch + 1, "lease_owner": owner, "lease_since": now, "lease_seen_at": now}
     connection.execute(update(CampaignRow).where(CampaignRow.id == campaign_id).values(values))
     return Lease(campaign_id, row.lease_epoch + 1, owner)
+
+
+def refuse_held(state: CampaignState) -> None:
+    """Refuse a campaign that a process runs now; `acquire` alone says who may write.
+
+    Raises:
+        LeaseHeldError: its holder is alive.
+    """
+    if state.lease_owner is not None and is_held(state):
+        raise _held(state.name, state.lease_owner, state.lease_since)
+
+
+def _held(name: str, owner: str, since: str | None) -> LeaseHeldError:
+    host, pid, _ = owner.rsplit(":", 2)
+    return LeaseHeldError(
+        f"campaign `{name}` is being run by process {pid} on {host} since {since}; "
+        f"`overnight pause {name}` stops it after its current trial"
+    )
 
 
 def check(connection: Connection, lease: Lease) -> None:

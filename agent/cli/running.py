@@ -22,7 +22,7 @@ from overnight.agent.cli.options import (
 from overnight.agent.cli.permission import allow_option, permitted
 from overnight.store import clock
 from overnight.store.errors import InputError
-from overnight.store.lease import is_held
+from overnight.store.lease import is_held, refuse_held
 from overnight.store.protocol import CampaignState
 from overnight.store.records import gain_text
 from overnight.store.sql_store import SqlStore
@@ -72,6 +72,8 @@ def run(*, campaign: str, db: str, iterations: int | None, until: str | None, fr
                 click.echo(_finished_line(state), err=True)
                 _summary(store, loaded.name, db)
                 return
+            if state is not None:
+                refuse_held(state)  # before anything that watches a run could take this one's end for that one's
             with switch.listening(), hook, watchers:
                 result = run_campaign(runtime, checkpoints=_checkpoints(db, loaded.name), switch=switch)
         finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -12,15 +14,18 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from overnight.agent.campaign import Campaign
+from overnight.agent.cli import overnight as cli
 from overnight.agent.contest_events import Promoted, RolledBack
 from overnight.agent.events import Event, Finished, Paused, Stopped
 from overnight.agent.notify import Notifier
-from overnight.store.errors import NotAllowedError, TrainerError
+from overnight.store.errors import LeaseHeldError, NotAllowedError, TrainerError
 from overnight.store.sql_store import SqlStore
 
 from .campaigns import campaign, run
+from .test_cli import write
 
 KEEP = "import os, sys, json; open('told', 'a').write(sys.stdin.read()); json.dump(dict(os.environ), open('env', 'w'))"
 
@@ -86,6 +91,33 @@ def test_an_end_that_no_event_told_of_is_told_once(tmp_path: Path) -> None:
         with pytest.raises(TrainerError):
             end(*events)
     assert [line["reason"] for line in told(tmp_path)] == ["TrainerError: no device", "told already"]
+
+
+def test_nobody_is_told_of_an_end_while_another_process_runs_the_campaign(tmp_path: Path) -> None:
+    with pytest.raises(LeaseHeldError), Notifier(telling(tmp_path)):
+        raise LeaseHeldError("another process runs it")
+    assert told(tmp_path) == []
+
+
+def fails(*_: object) -> None:
+    raise TrainerError("no device")
+
+
+def test_a_second_run_is_refused_before_anything_of_it_can_fail(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = telling(tmp_path)
+    run(of, store)
+    parent = psutil.Process(os.getppid())
+    owner = f"{socket.gethostname()}:{parent.pid}:{parent.create_time():.2f}"
+    with store.transaction() as connection:
+        connection.exec_driver_sql(f"UPDATE campaigns SET status = 'running', lease_owner = '{owner}'")
+    folder = write(tmp_path / "mine", notify={"command": of.file.notify.command}, budget={"iterations": 2})
+    monkeypatch.setattr("overnight.agent.run.prepared", fails)
+    result = CliRunner().invoke(cli, ["run", str(folder), "--allow", "--db", str(tmp_path / "store.db")])
+    assert isinstance(result.exception, LeaseHeldError)
+    assert f"is being run by process {parent.pid}" in str(result.exception)
+    assert (told(folder), list(tmp_path.glob("*.log"))) == ([], [])
 
 
 def test_a_person_who_stops_it_needs_no_telling(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from overnight.agent import runlog
 from overnight.agent.events import Event, Stopped, TrialStepped
 from overnight.agent.runlog import RunLog, secrets_of
+from overnight.store.errors import LeaseHeldError
 from overnight.store.sql_store import SqlStore
 
 from .campaigns import campaign, run, scripted
@@ -91,6 +92,12 @@ def test_every_variable_that_a_file_names_is_secret(tmp_path: Path, monkeypatch:
         notify={"command": ["x"], "env": ["HOOK"]},
     )
     assert sorted(secrets_of(of)) == ["value-number-0", "value-number-1", "value-number-2"]
+
+
+def test_a_run_that_another_process_has_did_not_end(tmp_path: Path) -> None:
+    with pytest.raises(LeaseHeldError), RunLog(tmp_path / "run.log", campaign(tmp_path)):
+        raise LeaseHeldError("another process runs it")
+    assert lines(tmp_path / "run.log") == []
 
 
 def test_what_ends_a_run_is_the_last_line(tmp_path: Path) -> None:
