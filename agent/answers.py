@@ -151,6 +151,7 @@ def _ask(runtime: Runtime, state: CampaignState, moment: Then, who: Contender, d
         history=_Past(StoredHistory(runtime.store, state.id, before=turn.asked_as), runtime.campaign.menu),
         seed=runtime.draw_seed("race", turn.iteration, draw),
     )
+    runtime.renew()  # a turn takes several draws of several contenders
     try:
         answer = who.proposer.propose(ask)
     except (ProposerError, CampaignError) as error:

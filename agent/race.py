@@ -203,10 +203,7 @@ def _answer_all(runtime: Runtime, state: CampaignState, plan: Plan, race_id: int
         if time_left(runtime, state) <= 0:
             raise BudgetSpent("until")
         with runtime.waiting(), ending_in_time(runtime, state):
-            items = []
-            for who in plan.contenders:
-                items += answer_turn(runtime, state, turn, who, draws)
-                runtime.renew()
+            items = [item for who in plan.contenders for item in answer_turn(runtime, state, turn, who, draws)]
         with runtime.writing() as writer:
             for item in items:
                 writer.race_item(race_id, item)

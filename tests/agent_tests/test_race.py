@@ -295,7 +295,7 @@ def test_the_lease_is_kept_while_contenders_think(tmp_path: Path, store: SqlStor
     clock, silent = FakeClock(), []
 
     def thinks(ask: Ask) -> str:
-        clock.now += 15.0
+        clock.now += 30.0
         ((seen_at,),) = rows(store, "SELECT lease_seen_at FROM campaigns")
         silent.append(clock.now - datetime.fromisoformat(seen_at).timestamp())
         return first_move(ask)
