@@ -20,7 +20,7 @@ def describe_learning(event: events.Event) -> str | None:
         case events.DistillStarted():
             return f"distilling {event.contestant} on {event.rows} rows"
         case events.Distilled():
-            ends = event.losses[:1] + event.losses[1:][-1:]
+            ends = [*event.losses[:1], *event.losses[1:][-1:]]
             loss = f"loss {' -> '.join(f'{each:.3f}' for each in ends)}" if ends else "no loss"
             return f"distilled {event.contestant} in {event.wall_s:.0f} s: {loss}{_held_out(event)}{_too_long(event)}"
         case events.DistillFailed():
