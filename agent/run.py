@@ -103,11 +103,17 @@ def open_runtime(
     heartbeat = Heartbeat()
     if not isinstance(trainer, Trainer):
         trainer = host_trainer(campaign, heartbeat, trainer)
+    if proposers is None:
+        proposers = proposers_of(campaign, heartbeat)
+    router = campaign.file.router
+    for name in (campaign.champion, router.challenger, *router.controls):
+        if name is not None and name not in proposers:
+            raise CampaignError(f"{campaign.path}: `[router]` names `{name}`, which is not among the `proposers` given")
     runtime = Runtime(
         campaign=campaign,
         store=store,
         trainer=trainer,
-        proposers=proposers if proposers is not None else proposers_of(campaign, heartbeat),
+        proposers=proposers,
         extra_rails=[*rails_of(campaign), *rails],
         hooks=hooks,
         deadline=deadline_of(campaign, store, clock.time()),

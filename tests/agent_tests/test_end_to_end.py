@@ -76,7 +76,7 @@ def test_a_key_never_reaches_the_store(tmp_path: Path, store: SqlStore, monkeypa
 
 def test_the_quickstart_trains_and_measures_for_real(tmp_path: Path, store: SqlStore) -> None:
     of = load_campaign("quickstart")
-    runtime = open_runtime(of, store, proposers={of.champion: FirstMove()})
+    runtime = open_runtime(of, store, proposers=dict.fromkeys(of.file.proposers, FirstMove()))
     runtime.iterations = 1
     try:
         run_campaign(runtime)

@@ -302,7 +302,8 @@ def test_the_lease_is_kept_while_an_endpoint_thinks_and_its_loss_ends_the_call(m
         beats.append(None)
 
     def lost() -> None:
-        raise LeaseLostError("another process took it")
+        if server.requests:
+            raise LeaseLostError("another process took it")
 
     with LoopbackServer(thinks) as server:
         table = {"base_url": server.url, "model": "m", "deadline_s": 20.0, "structured": "none"}

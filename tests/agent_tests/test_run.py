@@ -34,6 +34,14 @@ def turns(store: SqlStore, name: str = "c") -> list[Any]:
     return list(reversed(store.recent(state.id, 1000)))
 
 
+def test_proposers_that_lack_one_that_the_router_names_are_refused(tmp_path: Path, store: SqlStore) -> None:
+    of = campaign(
+        tmp_path, proposers={"other": {"kind": "random"}}, router={"champion": "random", "challenger": "other"}
+    )
+    with pytest.raises(CampaignError, match="`other`, which is not among the `proposers` given"):
+        run(of, store, proposers=scripted())
+
+
 def test_a_better_change_is_kept_and_becomes_the_baseline(tmp_path: Path, store: SqlStore) -> None:
     run(campaign(tmp_path, budget={"iterations": 2}), store, proposers=scripted(("b", 3), ("b", 9)))
     first, second = turns(store)
