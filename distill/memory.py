@@ -24,6 +24,9 @@ WORKING = 2 * GIB
 MARGIN = 1.05
 MOST_TOKENS = 1 << 16
 """Of a pack, whatever memory there is: places in a pack's activations are counted in 32 bits."""
+CPU_TOKENS = 1 << 12
+"""Of a pack on a CPU, halved until it fits: how rows are packed rounds their sums, and what other processes leave free
+this minute should not change what is learned."""
 
 
 class Allowance:
@@ -59,7 +62,13 @@ class Allowance:
                     "raise it, or choose a smaller base model",
                     failure="llm_error",
                 )
-        return min(MOST_TOKENS, max(1, int((room - min(WORKING, room // 2)) / (bytes_each * MARGIN))))
+        fits = max(1, int((room - min(WORKING, room // 2)) / (bytes_each * MARGIN)))
+        if self._cuda:
+            return min(MOST_TOKENS, fits)
+        most = CPU_TOKENS
+        while most > fits:
+            most //= 2
+        return max(most, 1)
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
