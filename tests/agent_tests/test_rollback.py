@@ -97,13 +97,11 @@ def test_an_adapter_that_turns_to_noise_after_its_promotion_is_rolled_back(tmp_p
     turn_to_noise(Path(folder))
     write_campaign(tmp_path, distill_every=200)
     overnight(tmp_path, "run", "mine", "--iterations", str(WARM_TURNS + 1 + PROBATION))
-    switches = asked(tmp_path, "SELECT iteration, kind, from_proposer, to_proposer FROM promotion_log ORDER BY id")
-    print(switches)
+    columns = "iteration, kind, from_proposer, to_proposer"
+    switches = asked(tmp_path, f"SELECT {columns} FROM promotion_log ORDER BY iteration")
     assert [switch[1:] for switch in switches] == [("promotion", "one", "two@v1"), ("rollback", "two@v1", "one")]
     assert switches[1][0] - switches[0][0] <= PROBATION
-    noise = (
-        "FROM attempts JOIN proposers ON proposers.id = proposer_id WHERE name = 'two@v1' AND role = 'duel_champion'"
-    )
+    noise = "FROM attempts JOIN proposers ON proposers.id = proposer_id WHERE name = 'two' AND role = 'duel_champion'"
     answered = asked(tmp_path, f"SELECT count(*) {noise} AND gain IS NOT NULL")[0][0]
     assert answered >= 3  # the noise was really asked, and what it proposed was really measured
     last = asked(
