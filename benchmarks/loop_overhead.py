@@ -104,7 +104,8 @@ class Loop:
     def decide(self, repeats: int = 50) -> float:
         """Judge the last attempt from what is stored, nothing remembered; return the median in milliseconds."""
         trainer = ScriptedTrainer(ScriptedSettings.model_validate(self._campaign.file.trainer))
-        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers={})
+        proposers = {name: ScriptedProposer(name, propose) for name in self._names}
+        runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers=proposers)
         runtime.info = trainer.prepare()
         state = runtime.state()
         attempt = self._store.last_attempt(state.id)
