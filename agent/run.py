@@ -103,17 +103,11 @@ def open_runtime(
     heartbeat = Heartbeat()
     if not isinstance(trainer, Trainer):
         trainer = host_trainer(campaign, heartbeat, trainer)
-    if proposers is None:
-        proposers = proposers_of(campaign, heartbeat)
-    router = campaign.file.router
-    for name in (campaign.champion, router.challenger, *router.controls):
-        if name is not None and name not in proposers:
-            raise CampaignError(f"{campaign.path}: `[router]` names `{name}`, which is not among the `proposers` given")
     runtime = Runtime(
         campaign=campaign,
         store=store,
         trainer=trainer,
-        proposers=proposers,
+        proposers=proposers if proposers is not None else proposers_of(campaign, heartbeat),
         extra_rails=[*rails_of(campaign), *rails],
         hooks=hooks,
         deadline=deadline_of(campaign, store, clock.time()),
@@ -233,7 +227,7 @@ def run_campaign(runtime: Runtime, *, checkpoints: Path | None = None, switch: P
     """
     runtime.switch = switch = switch or runtime.switch
     began = clock.time()
-    check_inherited(runtime)
+    _check_contestants(runtime)
     try:
         with runtime.waiting():
             runtime.info = prepared(runtime.campaign, runtime.trainer)
@@ -334,6 +328,15 @@ def _was_lost(runtime: Runtime, output: TurnOutput) -> bool:
     return runtime.store.attempt(attempt_id).failure == "harness"
 
 
+def _check_contestants(runtime: Runtime) -> None:
+    """Refuse to begin without somebody whom the file names; `doctor` opens a runtime with those that it could build."""
+    campaign, router = runtime.campaign, runtime.campaign.file.router
+    for name in (campaign.champion, router.challenger, *router.controls):
+        if name is not None and name not in runtime.proposers:
+            raise CampaignError(f"{campaign.path}: `[router]` names `{name}`, which is not among the `proposers` given")
+    check_inherited(runtime)
+
+
 def go_on(runtime: Runtime) -> None:
     """Open the campaign inside a host's graph: prepare the trainer, and record that this process runs it now.
 
@@ -341,7 +344,7 @@ def go_on(runtime: Runtime) -> None:
         LeaseHeldError: another process runs the campaign.
         CampaignError, TrainerError: it cannot be run here.
     """
-    check_inherited(runtime)
+    _check_contestants(runtime)
     runtime.info = runtime.info or prepared(runtime.campaign, runtime.trainer)
     _start(runtime)
     campaign_id = runtime.state().id
