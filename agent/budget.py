@@ -16,14 +16,13 @@ from datetime import datetime
 from functools import partial
 
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import HOLDOUT_SEEDS
 from overnight.agent.signals import PauseRequested
 from overnight.agent.state import ASKED, BudgetSpent
 from overnight.store.hashing import digest
 from overnight.store.protocol import CampaignState, Position, Spent, Trial
 from overnight.store.records import Purpose
 
-HOLDOUT_SEEDS = 5
-"""Pairs behind the holdout's interval: 4 degrees of freedom."""
 RECENT_TRIALS = 40
 SHARE_COVERED = 0.9
 """Share of the last trials that took no longer than what is planned with."""
@@ -146,7 +145,7 @@ def costs_of(runtime: Runtime, state: CampaignState) -> Costs:
     trial_s, trial_wh = _cost(recent)
     finish_s, finish_wh = 0.0, 0.0
     for config_id in _holdout_configs(runtime, state):
-        own = trials_of(state.id, config_id)
+        own = trials_of(state.id, config_id, seeds=runtime.decision_seeds)
         seconds, watt_hours = _cost([trial for trial in own if trial.metric is not None][-RECENT_TRIALS:])
         looked = trials_of(state.id, config_id, split="holdout")
         left = HOLDOUT_SEEDS - len({trial.seed for trial in looked if trial.metric is not None})

@@ -28,8 +28,6 @@ Action = Literal["measure", "keep", "revert"]
 
 AUDIT_SHARE = 0.05
 """Share of turns, drawn before screening, whose candidate is also measured on `audit_seeds`, whatever it shows."""
-AUDIT_TRIALS = 5
-"""Seeds of one audit, on which candidate and baseline are both measured."""
 IMPROBABLE = 0.2
 """A candidate is dropped when the predictive probability of a keep falls below this: the largest power for which a
 null candidate costs at most 1.4 trials on average (benchmarks/decisions.md)."""
@@ -256,19 +254,6 @@ def _points(n: int, df: int, correlation: float) -> tuple[NDArray[np.float64], N
     along = correlation * np.sqrt(np.square(overlap).sum(axis=1)) + math.sqrt(1 - correlation**2) * ndtri(uniform[:, n])
     across = (1 - correlation**2) * chi_square(common - 2, n + 1)
     return residuals, np.sqrt((np.square(along) + across + chi_square(df + 1 - common, n + 2)) / df)
-
-
-def audit_seeds(iteration: int) -> range:
-    """The seeds of the audit of a turn, which nothing else ever uses: no decision, no other audit.
-
-    Audits that shared a baseline's trials were biased: a baseline whose audit trials scatter raises the estimate, a
-    high estimate keeps fewer candidates, so that baseline stays and is audited more (benchmarks/LOG.md). On fresh
-    seeds the expected sum of squares of each audit, given all that went before, is its degrees of freedom times the
-    variance of that pair, whatever was decided; so their pool is unbiased for noise of any shape that has a variance.
-    """
-    blocks, place = divmod(iteration, 100 // AUDIT_TRIALS)
-    first = 1_000_000_700 + 1000 * blocks + AUDIT_TRIALS * place
-    return range(first, first + AUDIT_TRIALS)
 
 
 def seed_order(baseline_seeds: Sequence[int], rotation: int, max_trials: int) -> tuple[int, ...]:

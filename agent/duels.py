@@ -11,21 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from overnight.agent.contest import Standing, stored_id, usable
 from overnight.agent.decide import gain_scale, judge
 from overnight.agent.evidence import RECENT, Bank
 from overnight.agent.measure import Standing as Measured
-from overnight.agent.measure import looks, series_of, stored_trials
+from overnight.agent.measure import series_of, stored_trials
 from overnight.agent.proposers.protocol import Proposer
 from overnight.agent.router import probation_turn
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import duel_seed
 from overnight.store.contests import Duel, DuelKind, NewDuel, Settlement, Side
 from overnight.store.protocol import Attempt, CampaignState, Position, StoreWriter, Trial
-
-FIRST_SEED = 1_000_000_000
-SEED_BLOCK, SEED_OFFSET = 1_000, 900
-"""Duels take the last hundred seeds of each thousand: calibration and holdout take the first of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,6 @@ class DuelTurn:
     def answers_stored(self) -> bool:
         """Whether the prompt is the one that the first side answered."""
         return self.begun is not None and self.begun.waits_for == self.side
-
-
-def duel_seed(iteration: int) -> int:
-    """Return the seed of the duel that begins in a turn: one that nothing else uses."""
-    return FIRST_SEED + SEED_BLOCK * (iteration // 100) + SEED_OFFSET + iteration % 100
 
 
 def under_way(runtime: Runtime, state: CampaignState, position: Position) -> DuelTurn | None:
@@ -154,7 +147,7 @@ def beats_kept(runtime: Runtime, state: CampaignState, now: Measured) -> tuple[b
     they share too few, the larger gain stands.
     """
     assert state.baseline_config_id is not None
-    other = series_of(looks(stored_trials(runtime, state, state.baseline_config_id))).metrics
+    other = series_of(stored_trials(runtime, state, state.baseline_config_id)).metrics
     own = now.candidate.metrics
     shared = [seed for seed in own if seed in other]
     settings = runtime.campaign.decision
@@ -251,17 +244,18 @@ def _half(runtime: Runtime, state: CampaignState, duel: Duel, attempt_id: int) -
     if trial.metric is None:
         return _Half(attempt, void="the harness failed" if trial.failure == "harness" else None)
     assert attempt.baseline_config_id is not None
-    around = runtime.store.trials_of(
+    of_baseline = partial(
+        runtime.store.trials_of,
         state.id,
         attempt.baseline_config_id,
         trainer_hash=trial.trainer_hash,
         environment_hash=trial.environment_hash,
     )
-    base = _last(around, duel)
+    base = _last(of_baseline(seeds=range(duel.seed, duel.seed + 1)), duel)
     if base is None or base.metric is None:
         return _Half(attempt, void="the baseline could not be measured on the duel's seed")
     settings = runtime.campaign.decision
-    scale = gain_scale(series_of(looks(around)).metrics, settings.gain)
+    scale = gain_scale(series_of(of_baseline(seeds=runtime.decision_seeds)).metrics, settings.gain)
     sign = settings.sign
     return _Half(attempt, sign * (trial.metric - base.metric) / scale, trial.environment_hash, scale)
 

@@ -7,20 +7,19 @@ whatever it says; a second look is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from overnight.agent.budget import HOLDOUT_SEEDS, why_stopped
+from overnight.agent.budget import why_stopped
 from overnight.agent.decide import gain_scale
 from overnight.agent.events import Finished, HoldoutMeasured, HoldoutSkipped
-from overnight.agent.measure import calibration_seeds, run_trial, series_of, stored_trials
+from overnight.agent.measure import run_trial, series_of, stored_trials
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import holdout_seeds
 from overnight.agent.state import BudgetSpent
 from overnight.store.protocol import CampaignState
 from overnight.store.records import Config
 from overnight.trainer.noise import Spread
 
-SEED_OFFSET = 500
-"""Holdout seeds start so far after the calibration's, so that no decision ever used one."""
 CONFIDENCE = 0.95
 
 
@@ -66,7 +65,7 @@ def _measure_holdout(runtime: Runtime, state: CampaignState) -> HoldoutMeasured 
     """Run the pairs and return the gain, or why it could not be measured."""
     best = winner(runtime, state)
     assert best is not None
-    seeds = [calibration_seeds(runtime)[0] + SEED_OFFSET + i for i in range(HOLDOUT_SEEDS)]
+    seeds = holdout_seeds(runtime.campaign.file.campaign.seed)
     measured = []
     for part, config in enumerate((runtime.campaign.menu.default, best)):
         metrics = _series(runtime, state, config, seeds, part)
@@ -78,7 +77,7 @@ def _measure_holdout(runtime: Runtime, state: CampaignState) -> HoldoutMeasured 
 
 
 def _series(
-    runtime: Runtime, state: CampaignState, config: Config, seeds: list[int], part: int
+    runtime: Runtime, state: CampaignState, config: Config, seeds: Sequence[int], part: int
 ) -> dict[int, float] | str:
     with runtime.writing() as writer:
         config_id = writer.config(config)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overnight.agent.budget import check_trial
-from overnight.agent.decide import Verdict, audit_seeds, judge, seed_order
+from overnight.agent.decide import Verdict, judge, seed_order
 from overnight.agent.events import TrialDropped, TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import audit_seeds
+from overnight.agent.seeds import calibration_seeds as first_seeds
 from overnight.agent.signals import PauseRequested
 from overnight.agent.state import BudgetSpent
 from overnight.store import clock
@@ -174,16 +176,23 @@ def _tell_faults(runtime: Runtime, result: TrialResult, iteration: int | None) -
 
 
 def stored_trials(runtime: Runtime, state: CampaignState, config_id: str, *, split: Split = "val") -> Sequence[Trial]:
-    """Read a configuration's trials in the present environment, oldest first; kept while this process runs."""
+    """Read the trials of a configuration that decisions look at, in the present environment, oldest first.
+
+    Kept while this process runs. Those of audits, duels and races, of which a baseline that stays gathers thousands,
+    are on seeds of their own (`trials_on`).
+    """
     key = (config_id, split)
     if key not in runtime.trials:
-        runtime.trials = {key: _read_trials(runtime, state, config_id, split)}
+        runtime.trials = {key: trials_on(runtime, state, config_id, runtime.decision_seeds, split=split)}
     return runtime.trials[key]
 
 
-def _read_trials(runtime: Runtime, state: CampaignState, config_id: str, split: Split) -> Sequence[Trial]:
+def trials_on(
+    runtime: Runtime, state: CampaignState, config_id: str, seeds: range, *, split: Split = "val"
+) -> Sequence[Trial]:
+    """Read a configuration's trials on consecutive seeds in the present environment, oldest first."""
     where = {"trainer_hash": runtime.trainer_hash, "environment_hash": runtime.environment_hash}
-    return runtime.store.trials_of(state.id, config_id, **where, split=split)
+    return runtime.store.trials_of(state.id, config_id, **where, split=split, seeds=seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +217,12 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     assert attempt.baseline_config_id is not None
     trials = _own_trials(runtime, attempt)
     baseline_trials = stored_trials(runtime, state, attempt.baseline_config_id)
-    own, baseline = series_of(looks(trials)), series_of(looks(baseline_trials))
+    own, baseline = series_of(looks(trials)), series_of(baseline_trials)
     if own.failure is not None:
         return Standing(None, own, baseline, None, own.failure.failure, own.failure.trace or "")
     settings = runtime.campaign.decision
     # What this attempt itself adds to the baseline must not change the order that it began with.
-    before = sorted(series_of(looks([t for t in baseline_trials if t.attempt_id != attempt.id])).metrics)
+    before = sorted(series_of([t for t in baseline_trials if t.attempt_id != attempt.id]).metrics)
     order = seed_order(before or calibration_seeds(runtime), attempt.iteration, settings.max_trials)
     noise = runtime.noise(state)
     kind = state.trainer_kind or "noisy"
@@ -221,10 +230,10 @@ def standing(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standi
     if verdict.action == "measure":
         return Standing(verdict, own, baseline, verdict.seed)
     if attempt.audit and settings.rule == "confirmed":
-        seed = _next_audit(attempt.iteration, trials, baseline_trials)
+        seed = _next_audit(runtime, state, attempt, trials)
         if seed is not None:
             return Standing(verdict, own, baseline, seed, aside="audit")
-    seed = _next_of_duel(runtime, state, attempt, [*baseline_trials, *trials])
+    seed = _next_of_duel(runtime, state, attempt, trials)
     return Standing(verdict, own, baseline, seed, aside=None if seed is None else "duel")
 
 
@@ -243,35 +252,35 @@ def looks(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.purpose not in ("audit", "duel", "race")]
 
 
-def _next_audit(iteration: int, own: Sequence[Trial], baseline: Sequence[Trial]) -> int | None:
+def _next_audit(runtime: Runtime, state: CampaignState, attempt: Attempt, own: Sequence[Trial]) -> int | None:
     """Return the next seed of a turn's audit; one that failed is over, and changes no decision."""
-    seeds = audit_seeds(iteration)
+    assert attempt.baseline_config_id is not None
+    seeds = audit_seeds(attempt.iteration)
+    baseline = trials_on(runtime, state, attempt.baseline_config_id, seeds)
     sides = [series_of([trial for trial in side if trial.seed in seeds]) for side in (own, baseline)]
     if any(side.failure for side in sides):
         return None
     return next((seed for seed in seeds if any(seed not in side.metrics for side in sides)), None)
 
 
-def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, trials: Sequence[Trial]) -> int | None:
+def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, own: Sequence[Trial]) -> int | None:
     """Return the duel's seed while baseline or candidate lack it; a side that failed on it is over."""
     if attempt.role not in DUEL_ROLES or attempt.try_no > 1:
         return None
     duel = runtime.store.last_duel(state.id)
     if duel is None or attempt.id not in (duel.champion_attempt_id, duel.challenger_attempt_id):
         return None
-    of_config = {
-        config_id: series_of([t for t in trials if t.seed == duel.seed and t.config_id == config_id])
-        for config_id in (attempt.baseline_config_id, attempt.config_id)
-    }
-    if any(series.failure for series in of_config.values()):
+    assert attempt.baseline_config_id is not None
+    baseline = trials_on(runtime, state, attempt.baseline_config_id, range(duel.seed, duel.seed + 1))
+    sides = [series_of([trial for trial in side if trial.seed == duel.seed]) for side in (own, baseline)]
+    if any(side.failure for side in sides):
         return None
-    return duel.seed if any(duel.seed not in series.metrics for series in of_config.values()) else None
+    return duel.seed if any(duel.seed not in side.metrics for side in sides) else None
 
 
 def calibration_seeds(runtime: Runtime) -> list[int]:
-    """Return the seeds that the campaign calibrates on: apart from every other campaign seed's."""
-    first = runtime.campaign.file.campaign.seed * 1000
-    return [first + i for i in range(runtime.campaign.decision.calibration_trials)]
+    """Return the seeds that the campaign calibrates on."""
+    return first_seeds(runtime.campaign.file.campaign.seed, runtime.campaign.decision.calibration_trials)
 
 
 def measure_candidate(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standing:
@@ -296,7 +305,7 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
     assert attempt.baseline_config_id is not None
     seed = now.next_seed
     assert seed is not None
-    baseline = series_of(stored_trials(runtime, state, attempt.baseline_config_id))
+    baseline = series_of(trials_on(runtime, state, attempt.baseline_config_id, range(seed, seed + 1)))
     if seed not in baseline.metrics:
         config_id, series = attempt.baseline_config_id, baseline
         purpose: Purpose = now.aside or "baseline"
@@ -324,8 +333,8 @@ def _run_next(runtime: Runtime, state: CampaignState, attempt: Attempt, now: Sta
 
 def _next_replicate(runtime: Runtime, state: CampaignState, config_id: str, seed: int) -> int:
     """Return the number of the next run of a seed, whoever ran it before: an earlier attempt may have lost some."""
-    runs = [trial.replicate for trial in _read_trials(runtime, state, config_id, "val") if trial.seed == seed]
-    return max(runs, default=-1) + 1
+    runs = trials_on(runtime, state, config_id, range(seed, seed + 1))
+    return max((run.replicate for run in runs), default=-1) + 1
 
 
 def last_line(trace: str) -> str:

@@ -9,7 +9,7 @@ from overnight.agent import duels
 from overnight.agent.contest import stored_id
 from overnight.agent.duels import DuelTurn
 from overnight.agent.events import GridRefined, ProposalFailed, Proposed, TurnStarted
-from overnight.agent.measure import looks, series_of, stored_trials
+from overnight.agent.measure import series_of, stored_trials
 from overnight.agent.proposers.protocol import Answer, Ask, Observation
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
@@ -66,7 +66,7 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:
 
 
 def _mean_metric(runtime: Runtime, campaign: CampaignState, config_id: str) -> float | None:
-    metrics = series_of(looks(stored_trials(runtime, campaign, config_id))).metrics
+    metrics = series_of(stored_trials(runtime, campaign, config_id)).metrics
     return math.fsum(metrics.values()) / len(metrics) if metrics else None
 
 

@@ -7,12 +7,10 @@ again. Nothing is kept or reverted, and no prompt tells of it.
 from __future__ import annotations
 
 from overnight.agent.decide import gain_scale
-from overnight.agent.measure import run_trial, series_of, stored_trials
+from overnight.agent.measure import run_trial, series_of, trials_on
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import RACE_SEED
 from overnight.store.protocol import CampaignState
-
-RACE_SEED = 1_000_000_800
-"""Beside those of audits and duels; the same for all picks, so that they compare."""
 
 
 def measure_picks(runtime: Runtime, state: CampaignState, race_id: int) -> tuple[int, int]:
@@ -55,8 +53,7 @@ def _gain(
 def _metric(runtime: Runtime, state: CampaignState, config_id: str, number: int, of: int) -> float | None:
     """Return what a configuration measures on the races' seed, from the store where it was run before."""
     while True:
-        trials = [trial for trial in stored_trials(runtime, state, config_id) if trial.seed == RACE_SEED]
-        series = series_of(trials)
+        series = series_of(trials_on(runtime, state, config_id, range(RACE_SEED, RACE_SEED + 1)))
         if series.failure is not None or RACE_SEED in series.metrics:
             return series.metrics.get(RACE_SEED)
         run_trial(

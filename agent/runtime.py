@@ -17,6 +17,7 @@ from overnight.agent.campaign import Campaign
 from overnight.agent.events import Event, EventBuffer, EventStream, Hooks
 from overnight.agent.faults import FaultLog
 from overnight.agent.proposers.protocol import Proposer
+from overnight.agent.seeds import decision_seeds
 from overnight.agent.signals import PauseRequested, PauseSwitch
 from overnight.agent.state import BudgetSpent
 from overnight.rails.capability import CapabilityRail
@@ -90,6 +91,8 @@ class Runtime:
     _state: CampaignState | None = None
     _noise: Noise | None = None
     _noise_known: bool = False
+    _audits: tuple[Mapping[str, str], int, Spread] | None = None
+    """Where audits were measured, the newest of them, and their spread."""
     _unsupported: dict[str, str | None] = field(default_factory=dict)
     _memory: dict[str, int | None] = field(default_factory=dict)
 
@@ -213,6 +216,11 @@ class Runtime:
         return self.draw_seed(purpose, iteration) / 2**48
 
     @property
+    def decision_seeds(self) -> range:
+        """The seeds that the campaign's decisions may use."""
+        return decision_seeds(self.campaign.file.campaign.seed)
+
+    @property
     def trainer_hash(self) -> str:
         """Content address of the prepared trainer with its data."""
         return trainer_hash(self._prepared())
@@ -241,8 +249,17 @@ class Runtime:
         calibration = Spread(seeds.ss, seeds.df)
         if state.trainer_kind == "unseeded":
             return trial_noise(calibration)
-        audits = self.store.audit_spread(state.id, **where)
-        return paired_noise(calibration, Spread(audits.ss, audits.df))
+        return paired_noise(calibration, self._audits_so_far(state, **where))
+
+    def _audits_so_far(self, state: CampaignState, **where: str) -> Spread:
+        """Pool the audits, adding those decided since the last time, in the order that a new process would."""
+        if self._audits is None or self._audits[0] != where:
+            self._audits = (where, 0, Spread(0.0, 0))
+        _, last, pooled = self._audits
+        added = self.store.audit_spreads(state.id, **where, since=last)
+        pooled = sum((Spread(one.ss, one.df) for one in added.values()), pooled)
+        self._audits = (where, max(added, default=last), pooled)
+        return pooled
 
     def rails(self, state: CampaignState) -> list[Rail]:
         """Return the rails after `R5_diff`, in order, less those that the campaign skips."""

@@ -25,7 +25,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.agent.decide import AUDIT_SHARE, AUDIT_TRIALS, DecisionSettings, Plan, plan
+from overnight.agent.decide import AUDIT_SHARE, DecisionSettings, Plan, plan
+from overnight.agent.seeds import AUDIT_TRIALS
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 
 Floats = NDArray[np.float64]

@@ -427,9 +427,16 @@ class TrajectoryStore(LearningReads, ContestReader, Protocol):
         ...
 
     def trials_of(
-        self, campaign_id: int, config_id: str, *, trainer_hash: str, environment_hash: str, split: Split = "val"
+        self,
+        campaign_id: int,
+        config_id: str,
+        *,
+        trainer_hash: str,
+        environment_hash: str,
+        split: Split = "val",
+        seeds: range | None = None,
     ) -> Sequence[Trial]:
-        """Return a configuration's trials in one environment, oldest first."""
+        """Return a configuration's trials in one environment, oldest first; on these consecutive seeds, or on all."""
         ...
 
     def recent_trials(
@@ -454,8 +461,13 @@ class TrajectoryStore(LearningReads, ContestReader, Protocol):
         """Return the trial noise over seeds from calibration runs in one environment."""
         ...
 
-    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
-        """Return the noise of paired differences from decided audits in one environment."""
+    def audit_spreads(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, since: int = 0
+    ) -> Mapping[int, SumOfSquares]:
+        """Return the noise of paired differences in each decided audit in one environment, by attempt, oldest first.
+
+        `since` leaves out the attempts up to that one.
+        """
         ...
 
     def spent(self, campaign_id: int) -> Spent:

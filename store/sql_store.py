@@ -285,9 +285,16 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         return found
 
     def trials_of(
-        self, campaign_id: int, config_id: str, *, trainer_hash: str, environment_hash: str, split: Split = "val"
+        self,
+        campaign_id: int,
+        config_id: str,
+        *,
+        trainer_hash: str,
+        environment_hash: str,
+        split: Split = "val",
+        seeds: range | None = None,
     ) -> Sequence[Trial]:
-        """Return a configuration's trials in one environment, oldest first."""
+        """Return a configuration's trials in one environment, oldest first; on these consecutive seeds, or on all."""
         query = _TRIALS.where(
             TrialRow.campaign_id == campaign_id,
             TrialRow.config_id == config_id,
@@ -295,6 +302,8 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             TrialRow.environment_hash == environment_hash,
             TrialRow.split == split,
         )
+        if seeds is not None:
+            query = query.where(TrialRow.seed.between(seeds[0], seeds[-1]))
         return [Trial(**row) for row in self._all(query)]
 
     def recent_trials(
@@ -357,10 +366,13 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         query = select(TrialRow.metric, TrialRow.config_id).where(TrialRow.id.in_(first)).subquery()
         return self._spread(query.c.metric, query.c.config_id)
 
-    def audit_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
-        """Return the noise of paired differences from decided audits in one environment.
+    def audit_spreads(
+        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, since: int = 0
+    ) -> Mapping[int, SumOfSquares]:
+        """Return the noise of paired differences in each decided audit in one environment, by attempt, oldest first.
 
         Every audit measures both sides on seeds that nothing else uses, so none of the differences is selected.
+        `since` leaves out the attempts up to that one.
         """
         base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
         query = (
@@ -382,6 +394,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             )
             .where(
                 AttemptRow.campaign_id == campaign_id,
+                AttemptRow.id > since,
                 AttemptRow.audit,
                 AttemptRow.stage == "decided",
                 candidate.c.purpose == "audit",
@@ -393,14 +406,12 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             )
             .subquery()
         )
-        return self._spread(query.c.difference, query.c.attempt_id)
+        groups = _within(query.c.difference, query.c.attempt_id).order_by("of")
+        return {row["of"]: SumOfSquares(max(row["ss"], 0.0), row["n"] - 1) for row in self._all(groups)}
 
     def _spread(self, value: Any, group: Any) -> SumOfSquares:
         """Pool sums of squares within groups in SQL, around each group's own mean."""
-        sums = select(
-            func.count(value).label("n"), (func.sum(value * value) - func.sum(value) * func.avg(value)).label("ss")
-        ).group_by(group)
-        groups = sums.subquery()
+        groups = _within(value, group).subquery()
         query = select(func.sum(groups.c.ss).label("ss"), func.sum(groups.c.n - 1).label("df"))
         row = self._all(query)[0]
         return SumOfSquares(max(float(row["ss"] or 0.0), 0.0), int(row["df"] or 0))
@@ -462,6 +473,12 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         with self._reading() as connection:
             row: Row[Any] | None = connection.execute(query).first()
             return None if row is None else dict(row._mapping)
+
+
+def _within(value: Any, group: Any) -> Select[*tuple[Any, ...]]:
+    """Return the query of each group's size and sum of squares around its own mean."""
+    squares = func.sum(value * value) - func.sum(value) * func.avg(value)
+    return select(group.label("of"), func.count(value).label("n"), squares.label("ss")).group_by(group)
 
 
 def _columns_of(spec: Mapping[str, Any]) -> dict[str, Any]:

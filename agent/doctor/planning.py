@@ -5,12 +5,12 @@ A turn is one trial when its candidate is dropped at once, and `max_trials` when
 
 from __future__ import annotations
 
-from overnight.agent.budget import HOLDOUT_SEEDS
 from overnight.agent.campaign import Campaign
 from overnight.agent.doctor.finding import Finding, amiss, note, ok
 from overnight.agent.doctor.trials import Tried
 from overnight.agent.pace import in_words
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import HOLDOUT_SEEDS
 from overnight.store.protocol import CampaignState
 
 TURN_BYTES = 16 * 2**10

@@ -34,7 +34,7 @@ class ScriptedProposer:
 
     def __init__(self, name: str, script: Script) -> None:
         self.name = name
-        self.asks: deque[Ask] = deque(maxlen=1000)
+        self.asks: deque[Ask] = deque(maxlen=100)
         """The last asks, for a test to look at."""
         self.calls = 0
         self.closed = False

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from overnight.agent import events
-from overnight.agent.budget import HOLDOUT_SEEDS, is_over
+from overnight.agent.budget import is_over
 from overnight.agent.run import RunResult, run_campaign
 from overnight.agent.runtime import Runtime
+from overnight.agent.seeds import HOLDOUT_SEEDS
 from overnight.store.clock import running_on
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings

@@ -18,16 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overnight.agent.decide import (
-    AUDIT_TRIALS,
     DecisionSettings,
     Verdict,
-    audit_seeds,
     check_resolvable,
     judge,
     plan,
     seed_order,
 )
-from overnight.agent.duels import duel_seed
+from overnight.agent.seeds import AUDIT_TRIALS, audit_seeds, duel_seed
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
 
 ABSOLUTE = DecisionSettings(min_gain=0.0, gain="absolute", direction="max")

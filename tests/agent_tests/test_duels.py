@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from overnight.agent.contest import Challenge, Standing
-from overnight.agent.duels import chance, drawn, duel_seed
+from overnight.agent.duels import chance, drawn
 from overnight.agent.evidence import Bank, weigh
 from overnight.agent.proposers.protocol import Ask, reply_text
 from overnight.agent.router import Gate, Route
 from overnight.agent.run import run_campaign
+from overnight.agent.seeds import ASIDE, decision_seeds, duel_seed
 from overnight.store.contests import Race
 from overnight.store.errors import ProposerError
 from overnight.store.protocol import Attempt, Position
@@ -83,9 +84,9 @@ def test_both_are_measured_with_the_baseline_on_one_seed_of_the_duels_own(tmp_pa
 
 
 def test_no_campaign_seed_meets_a_duels_seed() -> None:
-    taken = {
-        seed * 1000 + offset for seed in (0, 7, 999_999, 1_000_000, 2**31 - 1) for offset in (*range(99), 500, 504)
-    }
+    campaigns = [decision_seeds(seed) for seed in (0, 7, 999_999, 1_000_000, 2**31 - 1)]
+    taken = {seed for of in campaigns for seed in (*of[:504], of[-1])}
+    assert max(taken) < ASIDE
     seeds = [duel_seed(iteration) for iteration in range(1, 20_001)]
     assert len({*seeds}) == 20_000
     assert not taken & {*seeds}

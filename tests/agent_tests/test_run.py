@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from overnight.agent import events
-from overnight.agent.decide import audit_seeds
+from overnight.agent.measure import stored_trials
 from overnight.agent.proposers.protocol import Ask
 from overnight.agent.run import run_campaign
+from overnight.agent.seeds import audit_seeds
 from overnight.agent.signals import PauseSwitch
 from overnight.store.errors import CampaignError, ProposerError, TrainerError
 from overnight.store.sql_store import SqlStore
@@ -104,8 +105,10 @@ def test_an_audited_turn_measures_both_sides_on_the_audit_seeds(tmp_path: Path, 
     assert state is not None
     assert state.trainer_hash is not None
     assert state.environment_hash is not None
-    spread = store.audit_spread(state.id, trainer_hash=state.trainer_hash, environment_hash=state.environment_hash)
-    assert spread.df == 4
+    where = {"trainer_hash": state.trainer_hash, "environment_hash": state.environment_hash}
+    spreads = store.audit_spreads(state.id, **where)
+    assert {of: spread.df for of, spread in spreads.items()} == {attempt.id: 4}
+    assert not store.audit_spreads(state.id, **where, since=attempt.id)
 
 
 def test_every_audit_measures_the_baseline_anew_and_changes_no_decision(tmp_path: Path, store: SqlStore) -> None:
@@ -117,6 +120,18 @@ def test_every_audit_measures_the_baseline_anew_and_changes_no_decision(tmp_path
     assert [(a.outcome, a.gain, a.trials) for a in audited] == [(a.outcome, a.gain, a.trials) for a in plain]
     trials = [t for a in audited for t in store.trials_of_attempt(a.id) if t.purpose == "audit"]
     assert sorted(t.seed for t in trials if t.seed) == sorted(2 * [*audit_seeds(1), *audit_seeds(2)])
+
+
+def test_a_decision_loads_no_audit_of_its_baseline(tmp_path: Path, store: SqlStore) -> None:
+    of = campaign(tmp_path, decision={"audit": 1.0}, budget={"iterations": 3})
+    running = runtime(of, store, proposers=scripted(("b", 9), ("b", 4), ("a", 1.0)))
+    run_campaign(running)
+    state = running.state()
+    assert state.baseline_config_id is not None
+    loaded = stored_trials(running, state, state.baseline_config_id)
+    running.close()
+    assert loaded
+    assert "audit" not in {trial.purpose for trial in loaded}
 
 
 def test_a_blocked_proposal_is_told_why_and_tried_again(tmp_path: Path, store: SqlStore) -> None:

@@ -217,6 +217,16 @@ class StoreConformance:
         assert (total.proposed, total.kept, total.trials, len(store.trials_of_attempt(attempt_id))) == (1, 1, 1, 1)
         assert store.spent(campaign.state.id).trial_hours == pytest.approx(2 / 3600)
 
+    def test_trials_are_read_on_the_seeds_asked_for(self, campaign: Campaigner, store: SqlStore) -> None:
+        attempt_id = campaign.propose(1)
+        campaign.check(attempt_id, 0.2)
+        for seed in (1, 2, 3, 1_000_000_700):
+            campaign.trial(attempt_id, 0.2, seed, 0.9)
+        one = store.trials_of_attempt(attempt_id)[0]
+        where = {"trainer_hash": one.trainer_hash, "environment_hash": one.environment_hash}
+        found = store.trials_of(campaign.state.id, one.config_id, **where, seeds=range(2, 1_000_000_000))
+        assert [trial.seed for trial in found] == [2, 3]
+
     def test_a_failure_has_no_metric(self, campaign: Campaigner, store: SqlStore) -> None:
         attempt = store.attempt(campaign.turn(1, 0.9, "failed", None))
         assert (attempt.metric, attempt.gain, attempt.failure) == (None, None, "nan")
