@@ -50,7 +50,9 @@ docs: install
 # What is missing in results/ is measured: gp and cmaes (480 campaigns, slow), students only where a GPU is.
 flywheel: install
 	command -v nvidia-smi >/dev/null && for kind in python english records algebra; do \
-	  $(BIN)/python -P benchmarks/flywheel/students.py --kind $$kind --zero-shot || exit 1; done || true
+	  for objective in outcome clone shuffled; do \
+	    $(BIN)/python -P benchmarks/flywheel/students.py --kind $$kind --objective $$objective --zero-shot || exit 1; \
+	  done; done || true
 	command -v nvidia-smi >/dev/null && $(BIN)/python -P benchmarks/flywheel/within.py || true
 	$(BIN)/python -P benchmarks/flywheel/run.py
 	$(BIN)/python -P benchmarks/flywheel/summary.py

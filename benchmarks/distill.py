@@ -1,4 +1,4 @@
-"""Does a student propose better for having learned from a history? Objectives side by side, on a CPU.
+"""Does a student propose better for having learned from a history? Objectives side by side.
 
 Takes a stored campaign as it stood after `--turns` turns, holds out its newest fifth, trains the bundled 135M model on
 the rest with each objective and seed, and lets every model weigh the changes that were open at the held-out turns. What
@@ -111,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
     campaign = renamed(load_campaign(options.folder), options.campaign)
     floors = {"min_rows": 1, "min_knobs": 1, "min_pairs": 1, "epochs": options.epochs, "holdout": options.holdout}
     floors |= {"augment": options.augment.split(",") if options.augment else [], "batch": options.batch}
+    floors |= {key: value for key in ("temperature", "floor") if (value := getattr(options, key)) is not None}
     campaign = with_distill(campaign, **floors, learning_rate=options.learning_rate, max_share=1.0, write=options.write)
     frame, state = prompt_frame(campaign), store.campaign(options.campaign)
     assert state is not None
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     tell(**common, objective="target", seed=None, **judge([turn.target for turn in turns], turns))
     if options.no_model:
         return
-    host = ModelHost(find_base("smollm2-135m", Path()), cache_folder(), device="cpu")
+    host = ModelHost(find_base("smollm2-135m", Path()), cache_folder(), device=options.device)
     tell(**common, objective="zero-shot", seed=None, **judge(asked(host, turns, None), turns))
     with tempfile.TemporaryDirectory() as place:
         for seed in range(options.seeds):
@@ -178,8 +179,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--write", type=float, default=0.1)
     parser.add_argument("--holdout", type=int)
+    parser.add_argument("--temperature", type=float, help="of the target; without it, as the campaign has it")
+    parser.add_argument("--floor", type=float, help="least share of the untried; without it, as the campaign has it")
     parser.add_argument("--augment", default="permute,subsample,synthetic")
     parser.add_argument("--objectives", nargs="+", default=["outcome", "clone"])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--no-model", action="store_true", help="only what the targets themselves are worth")
     parser.add_argument("--summary", type=Path)
     options = parser.parse_args()

@@ -63,6 +63,11 @@ class ChatEncoder:
                 return tuple(ids[: special[0] + 1])
         return () if end is None else (int(end),)
 
+    def stops(self) -> list[int]:
+        """Return the tokens after which a reply is over, whatever the model's own settings say: it was taught them."""
+        own = self._tokenizer.eos_token_id
+        return sorted({*self.ending()[-1:], *(() if own is None else (int(own),))})
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated tokens, without special ones."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

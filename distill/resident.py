@@ -77,6 +77,7 @@ class Resident:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=filler,
+                eos_token_id=self._encoder.stops() or None,
                 **how,
             )
         reply = output[0, len(ids) :].tolist()

@@ -39,6 +39,8 @@ from overnight.distill.recipe import LoraRecipe
 from overnight.distill.scoring import MenuScorer
 from overnight.rails.reply import candidate_text
 
+ADAPTERS = Path(__file__).parents[2] / "build" / "flywheel"
+
 
 class Student:
     """Scores the legal changes with a model and draws one, or takes the best at temperature 0."""
@@ -68,7 +70,13 @@ def train(model: Any, encoder: ChatEncoder, lessons: Sequence[Any], recipe: Lora
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(
         model,
-        LoraConfig(r=recipe.r, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=[*recipe.targets]),
+        LoraConfig(
+            r=recipe.r,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=[*recipe.targets],
+            task_type="CAUSAL_LM",
+        ),
     )
     encoded = [encode_row(row, encoder) for row in lessons]
     started = time.perf_counter()
@@ -88,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default=bundled.NAME, help="a bundled model, a hub id or a folder of safetensors")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="where the outcome student's adapter is put")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--objective", choices=["outcome", "clone", "shuffled"], default="outcome")
     parser.add_argument("--rows", type=int, default=6000)
@@ -131,6 +140,8 @@ def main() -> None:
     lessons = list(rows(given.kind, given.rows, given.objective))
     recipe = LoraRecipe(epochs=1, batch=given.batch, learning_rate=given.learning_rate, dropout=0.0)
     adapted = train(loaded.model, encoder, lessons, recipe)
+    if given.objective == "outcome":
+        adapted.save_pretrained(given.adapters / given.kind)
     adapted.merge_adapter()
     scorer = MenuScorer(adapted.get_base_model())
     for name, temperature in wanted:

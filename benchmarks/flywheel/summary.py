@@ -37,7 +37,7 @@ CHECKS = (
 """Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
-WITHIN = ("teacher", "retrained", "routed")
+WITHIN = ("teacher", "retrained", "routed", "inherited", "reversed")
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#e0a030", "#555555", "#00a5a5", "#a0522d")
 SHOWN = ("outcome-greedy", "student+tpe", "zero-shot", "tpe", "free-tpe", "random", "others", "cheat")
 
@@ -148,9 +148,10 @@ def _within() -> list[str]:
     results = {}
     for arm in WITHIN:
         file = HERE / "results" / f"within-{arm}.jsonl"
-        if not file.exists():
-            return []
-        results[arm] = {(r["task"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
+        if file.exists():
+            results[arm] = {(r["task"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
+    if "teacher" not in results:
+        return []
     common = sorted(set.intersection(*(set(found) for found in results.values())))
     names = sorted({task for task, _ in common})
     seeds = min(sum(task == name for task, _ in common) for name in names)
@@ -172,13 +173,15 @@ def _within() -> list[str]:
             f"| {arm} | " + " | ".join(f"{cells[c].mean():.3f}" for c in ("10", "25", "50", "area to 25")) + " |"
         )
     lines += ["", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |", "|---|---|---|---|---|---|"]
-    lines += [_ratio_line(arm, "teacher", curves[arm], curves["teacher"]) for arm in WITHIN[1:]]
-    switches = [switch for found in results["routed"].values() for switch in found["switches"]]
-    lines += ["", "| the router | times | the new one banked more, by the truth |", "|---|---|---|"]
-    for kind in ("promotion", "rollback"):
-        made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
-        right = sum(s["new"] > s["old"] for s in made)
-        lines.append(f"| {kind} | {len(made)} in {len(results['routed'])} campaigns | {right} of {len(made)} |")
+    lines += [_ratio_line(arm, "teacher", curves[arm], curves["teacher"]) for arm in curves if arm != "teacher"]
+    lines += ["", "| the router | campaigns | promotions | right by the truth | rollbacks | right |", "|" + "---|" * 6]
+    for arm in (arm for arm in curves if arm not in ("teacher", "retrained")):
+        switches = [switch for found in results[arm].values() for switch in found["switches"]]
+        cells = []
+        for kind in ("promotion", "rollback"):
+            made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
+            cells += [len(made), sum(s["new"] > s["old"] for s in made)]
+        lines.append(f"| {arm} | {len(results[arm])} | " + " | ".join(map(str, cells)) + " |")
     return lines
 
 

@@ -3,15 +3,17 @@
     python -P benchmarks/flywheel/within.py [--arms NAME ...] [--seeds 10] [--turns 100] [--processes N]
 
 Whole campaigns of the product (store, prompts, rails, decisions, distillations, duels, promotions) whose trials come
-from a table. Four tasks; nothing is learned from another campaign. Three arms, with the same starts and noise:
+from a table. Four tasks. The arms have the same starts and noise; the first three learn from their own campaign alone:
 
 `teacher`    the bundled 135M model as it comes proposes all turns
 `retrained`  the same model, with the newest adapter trained on this very campaign from the first distillation on
 `routed`     the product as it is: the teacher has the turn, the student duels it and is promoted on the evidence
+`inherited`  the same, but the student was taught on campaigns about other texts (`students.py` leaves its adapter)
+`reversed`   that student has the turn, and the teacher challenges it
 
 Appends one JSON line a campaign to results/within-ARM.jsonl and skips what is there, so that a run that was stopped
-goes on. Of `routed` it also says, for each promotion and rollback, who really proposed better in the duels of the two:
-the mean of max(true gain, 0) under the probabilities that both stored, by the table's truth. Meant for a GPU.
+goes on. It also says, for each promotion and rollback, who really proposed better in the duels of the two: the mean of
+max(true gain, 0) under the probabilities that both stored, by the table's truth. Meant for a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
 RESULTS = Path(__file__).parent / "results"
-ARMS = ("teacher", "retrained", "routed")
+ADAPTERS = Path(__file__).parents[2] / "build" / "flywheel"
+"""Where `students.py` leaves what it trained."""
+ARMS = ("teacher", "retrained", "routed", "inherited", "reversed")
 CHOSEN = ("python-tokens", "english-steps", "records-bpe", "algebra-steps")
 """One task of each kind of text, every setting among them."""
 STUDENT = {"kind": "student", "base_model": "smollm2-135m", "mode": "score", "neighbours": False}
@@ -90,17 +94,20 @@ def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], 
     router: dict[str, Any] = {"champion": "teacher", "warmup": False, "explore": 0.0, "duel_share": 0.0}
     if arm != "teacher":
         router["challenger"] = "student"
-    if arm == "routed":
+    if arm == "reversed":
+        router |= {"champion": "student", "challenger": "teacher"}
+    if arm in ("routed", "inherited", "reversed"):
         router |= {"duel_share": 0.33, "max_latency_s": 60.0}
+    taught = {"adapter": str(ADAPTERS / world.table.task.kind)} if arm in ("inherited", "reversed") else {}
     data = {
         "campaign": {"name": "c", "trainer": "scripted", "seed": world.seed},
         "metric": {"name": "val_bpb"},
         "budget": {"iterations": turns},
         "decision": {"min_gain": 0.0, "alpha": 0.05, "calibration_trials": 5, "max_trials": 5, "audit": 0.0},
         "knobs": knobs,
-        "proposers": {"teacher": dict(student), "student": dict(student)},
+        "proposers": {"teacher": dict(student), "student": {**student, **taught}},
         "router": router,
-        "distill": dict(DISTILL),
+        **({} if taught else {"distill": dict(DISTILL)}),
     }
     return parse_campaign(data, folder / "campaign.toml")
 

@@ -1,5 +1,7 @@
 """The model host, as a real process around a real tiny model."""
 
+import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ from overnight.distill.chat import ChatEncoder
 from overnight.distill.host import ModelHost
 from overnight.distill.host_main import _error
 from overnight.distill.model import load_base
+from overnight.distill.resident import Resident
 from overnight.distill.scoring import MenuScorer
 from overnight.distill.wire import unpack
 from overnight.store.errors import CampaignError, ProposerError
@@ -89,6 +92,20 @@ def test_a_reply_is_no_longer_than_asked_for(host):
     messages = [{"role": "user", "content": "Say something."}]
     found = host.generate(messages, temperature=0.0, max_new_tokens=3, seed=0, deadline_s=DEADLINE_S)
     assert 1 <= found.completion_tokens <= 3
+
+
+def test_a_reply_ends_where_the_template_ends_a_turn(tiny_model, tmp_path):
+    """Also where the model's own settings name no such token: students are taught the template's."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    loaded = load_base(BaseModel("folder", str(folder)), cache_dir=tmp_path, device=torch.device("cpu"))
+    (end,) = ChatEncoder(loaded.tokenizer).ending()
+    loaded.model.lm_head.register_forward_hook(lambda _layer, _in, out: out.index_fill(-1, torch.tensor([end]), 1e4))
+    messages = [{"role": "user", "content": "Say something."}]
+    _, _, tokens = Resident(loaded).generate(messages, None, temperature=0.0, max_new_tokens=9, seed=0)
+    assert tokens == 1
 
 
 def test_it_says_what_memory_it_holds(host, tiny_model):
