@@ -47,7 +47,7 @@ docs: install
 	$(BIN)/python -P -m overnight.agent.campaign_docs docs
 	$(BIN)/python -m sphinx -b html -E -W --keep-going -q -d build/doctrees docs build/site
 
-# What is missing in results/ is measured: gp and cmaes (480 campaigns, slow), students only where a GPU is.
+# What is missing in results/ is measured; students only where a GPU is.
 flywheel: install
 	command -v nvidia-smi >/dev/null && for kind in python english records algebra; do \
 	  for objective in outcome clone shuffled; do \
