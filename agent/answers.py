@@ -46,6 +46,7 @@ class Then:
     """What an imported configuration holds besides: part of what was run, and of its hash."""
     prompt: str
     moves: tuple[Change, ...]
+    neighbours: tuple[Change, ...]
     rails: Sequence[Rail]
 
 
@@ -90,21 +91,25 @@ def moment_of(runtime: Runtime, state: CampaignState, turn: HeldOutTurn) -> Then
     beside = {name: value for name, value in stored.items() if name not in menu.by_name}
     others = _rails(runtime)
     refinement = bisect_right(runtime.store.refinements(state.id), turn.started_at)
-    moves = list(menu.moves(baseline, refinement=refinement))
-    rails = others
-    if "R6_novelty" not in runtime.campaign.file.rails.skip:
-        configs = [{**menu.apply(baseline, move), **beside} for move in moves]
-        done = runtime.earlier(state, configs, before=turn.asked_in)
-        moves = [move for move, words in zip(moves, done, strict=True) if words is None]
-        novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.asked_in)[0])
-        rails = [novelty, *others]
-    candidates = {
-        move: Candidate(menu, baseline, Proposal(move.knob, move.value, ""), menu.apply(baseline, move))
-        for move in moves
-    }
-    open_then = tuple(move for move in moves if not any(rail.check(candidates[move]) for rail in others))
+    skips_novelty = "R6_novelty" in runtime.campaign.file.rails.skip
+
+    def let_through(changes: list[Change]) -> tuple[Change, ...]:
+        if not skips_novelty:
+            configs = [{**menu.apply(baseline, change), **beside} for change in changes]
+            done = runtime.earlier(state, configs, before=turn.asked_in)
+            changes = [change for change, words in zip(changes, done, strict=True) if words is None]
+        candidates = {
+            change: Candidate(menu, baseline, Proposal(change.knob, change.value, ""), menu.apply(baseline, change))
+            for change in changes
+        }
+        return tuple(change for change in changes if not any(rail.check(candidates[change]) for rail in others))
+
+    moves = let_through(list(menu.moves(baseline, refinement=refinement)))
+    knobs = dict.fromkeys(move.knob for move in moves)
+    neighbours = let_through([change for change in menu.neighbours(baseline, knobs) if change not in set(moves)])
+    novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.asked_in)[0])
     prompt = runtime.store.prompts_of([turn.prompt_id])[turn.prompt_id]
-    return Then(turn, baseline, beside, prompt, open_then, rails)
+    return Then(turn, baseline, beside, prompt, moves, neighbours, others if skips_novelty else [novelty, *others])
 
 
 def _rails(runtime: Runtime) -> list[Rail]:
@@ -148,6 +153,7 @@ def _ask(runtime: Runtime, state: CampaignState, moment: Then, who: Contender, d
         baseline=moment.baseline,
         baseline_metric=turn.baseline_metric,
         moves=moment.moves,
+        neighbours=moment.neighbours,
         history=_Past(StoredHistory(runtime.store, state.id, before=turn.asked_as), runtime.campaign.menu),
         seed=runtime.draw_seed("race", turn.iteration, draw),
     )

@@ -97,11 +97,14 @@ def check_trial(runtime: Runtime, state: CampaignState, purpose: Purpose) -> Non
             raise BudgetSpent(short)
 
 
-def time_left(runtime: Runtime, state: CampaignState) -> float:
-    """Return the seconds until the look at the holdout has to begin, or this run has to pause; inf without a limit."""
+def time_left(runtime: Runtime, state: CampaignState, *, last: bool = False) -> float:
+    """Return the seconds until the look at the holdout has to begin, or this run has to pause; inf without a limit.
+
+    With `last` nothing but that look is left to do: until the campaign has to end.
+    """
     left = math.inf
     if runtime.deadline is not None:
-        left = runtime.deadline - costs_of(runtime, state).finish_s - runtime.clock()
+        left = runtime.deadline - (0.0 if last else costs_of(runtime, state).finish_s) - runtime.clock()
     return left if runtime.until is None else min(left, runtime.until - runtime.clock())
 
 

@@ -31,7 +31,7 @@ def calibrate(runtime: Runtime) -> None:
     """
     state = runtime.state()
     check_same_trainer(runtime, state)
-    if state.environment_hash == runtime.environment_hash and state.baseline_config_id is not None:
+    if is_calibrated(runtime, state):
         return
     baseline = (
         runtime.campaign.menu.default
@@ -40,7 +40,7 @@ def calibrate(runtime: Runtime) -> None:
     )
     _check_runs_here(runtime, baseline)
     if state.environment_hash is not None and not _was_told(runtime, state):
-        runtime.emit(EnvironmentChanged(campaign=runtime.name, changed=_changed(state, runtime)))
+        runtime.emit(EnvironmentChanged(campaign=runtime.name, changed=changed_environment(runtime, state)))
     _measure_baseline(runtime, state, baseline)
     _conclude(runtime, state, baseline)
 
@@ -58,6 +58,19 @@ def check_same_trainer(runtime: Runtime, state: CampaignState) -> None:
         )
 
 
+def is_calibrated(runtime: Runtime, state: CampaignState) -> bool:
+    """Whether the baseline was measured in the present environment."""
+    return state.environment_hash == runtime.environment_hash and state.baseline_config_id is not None
+
+
+def changed_environment(runtime: Runtime, state: CampaignState) -> list[str]:
+    """Return what differs between the environment that the campaign was last calibrated in and the present one."""
+    before: Mapping[str, str] = json.loads(state.environment or "{}")
+    assert runtime.info is not None
+    now = runtime.info.environment
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
 def _check_runs_here(runtime: Runtime, baseline: Config) -> None:
     problem = runtime.capability().problem(baseline)
     if problem and "R7_capability" not in runtime.campaign.file.rails.skip:
@@ -71,22 +84,19 @@ def _was_told(runtime: Runtime, state: CampaignState) -> bool:
     return changed is not None and (measured is None or changed[0] > measured[0])
 
 
-def _changed(state: CampaignState, runtime: Runtime) -> list[str]:
-    before: Mapping[str, str] = json.loads(state.environment or "{}")
-    assert runtime.info is not None
-    now = runtime.info.environment
-    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-
-
 def _measure_baseline(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
-    """Run what is missing: each calibration seed once, the first of them twice."""
+    """Run what is missing: each calibration seed once, the first of them twice.
+
+    A baseline that was kept here has trials on these seeds already. They are why it was kept, so that they say too
+    little about the noise, and do not count.
+    """
     seeds = calibration_seeds(runtime)
     runs = [*seeds, seeds[0]] if len(seeds) > 1 else seeds
     with runtime.writing() as writer:
         config_id = writer.config(baseline)
     for number, seed in enumerate(runs, 1):
         trials = [trial for trial in stored_trials(runtime, state, config_id) if trial.seed == seed]
-        good = sum(trial.metric is not None for trial in trials)
+        good = sum(trial.purpose == "calibration" and trial.metric is not None for trial in trials)
         if good >= (2 if number > len(seeds) else 1):
             continue
         replicate = max((trial.replicate for trial in trials), default=-1) + 1
@@ -118,7 +128,7 @@ def _conclude(runtime: Runtime, state: CampaignState, baseline: Config) -> None:
     """Record what kind of trainer it is and how noisy, or refuse a gain that cannot be resolved."""
     with runtime.writing() as writer:
         config_id = writer.config(baseline)
-    trials = stored_trials(runtime, state, config_id)
+    trials = [trial for trial in stored_trials(runtime, state, config_id) if trial.purpose == "calibration"]
     series = series_of(trials)
     calibrated = [series.metrics[seed] for seed in calibration_seeds(runtime)]
     first = [t.metric for t in trials if t.seed == calibration_seeds(runtime)[0] and t.metric is not None]

@@ -80,9 +80,9 @@ class DecisionSection(Section):
     """Smallest mean gain that is kept, in the unit of `metric.gain`."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     """Chance of keeping a change that does nothing."""
-    calibration_trials: Annotated[int, Field(ge=1)] = 5
+    calibration_trials: Annotated[int, Field(ge=1, le=200)] = 5
     """Seeds on which the baseline is measured at the start; one of them twice."""
-    max_trials: Annotated[int, Field(ge=1)] = 5
+    max_trials: Annotated[int, Field(ge=1, le=200)] = 5
     """Most trials for a candidate."""
     audit: Annotated[float, Field(ge=0, le=1)] = AUDIT_SHARE
     """Share of turns, drawn beforehand, that also measure both sides on audit seeds: how noisy pairs really are."""

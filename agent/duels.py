@@ -212,7 +212,9 @@ def _settled(
     champion, challenger = halves
     gains = {"champion_gain": champion.gain, "challenger_gain": challenger.gain}
     scale = champion.scale or challenger.scale
-    noise = runtime.noise(state)
+    assert duel.champion_attempt_id is not None
+    assert duel.challenger_attempt_id is not None
+    noise = runtime.noise_before(state, min(duel.champion_attempt_id, duel.challenger_attempt_id))
     if scale is None:  # nothing was measured, so nothing is banked
         return Settlement(duel_id=duel.id, **gains, champion_banked=0.0, challenger_banked=0.0, item=0.0, note=note)
     if noise is None:

@@ -7,10 +7,12 @@ outlasts `GIVE_UP_S` stops the campaign. What had been committed is never touche
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from overnight.agent.events import Fault, FaultOver
 from overnight.agent.signals import PauseRequested
+from overnight.agent.state import BudgetSpent
 from overnight.store import clock
 from overnight.store.errors import LeaseLostError, OvernightError, StoreError
 
@@ -64,21 +66,40 @@ class FaultLog:
         self._since.pop(what, None)
         self._holds.pop(what, None)
 
-    def hold(self, what: str, error: OvernightError) -> None:
+    def hold(self, what: str, error: OvernightError, *, last: bool = False) -> None:
         """Stand still for a while, longer each time, before what failed is tried again.
 
+        Args:
+            what: the fault's name; one of the `storage` is waited out past the campaign's end, which is written too.
+            error: what went wrong.
+            last: nothing but the look at the holdout is left to do, so that it may have all the time there is.
+
         Raises:
-            PauseRequested: a pause was asked for meanwhile.
+            PauseRequested: a pause was asked for meanwhile, or the time asked for in this run is over.
+            BudgetSpent: the campaign's time is over, but for what the look at the holdout takes.
             OvernightError: `error`, when the fault has lasted too long, or nobody wants it waited out.
         """
         if not self._runtime.waits_out_faults:
             raise error
         self.began(what, str(error), waits=True)
+        left = math.inf if what == "storage" else self._time_left(last)
+        if left <= 0:
+            until = self._runtime.until
+            raise PauseRequested if until is not None and self._runtime.clock() >= until else BudgetSpent("until")
         if clock.time() - self._since[what] > GIVE_UP_S:
             raise error
         holds = self._holds.get(what, 0)
         self._holds[what] = holds + 1
-        self._stand_still(min(FIRST_HOLD_S * 2.0 ** min(holds, 16), LONGEST_HOLD_S))
+        self._stand_still(min(FIRST_HOLD_S * 2.0 ** min(holds, 16), LONGEST_HOLD_S, left))
+
+    def _time_left(self, last: bool) -> float:
+        """Return the seconds until the campaign, or this run, has to come to its end; inf where nobody can tell."""
+        from overnight.agent.budget import time_left
+
+        try:
+            return time_left(self._runtime, self._runtime.state(), last=last)
+        except StoreError:
+            return math.inf
 
     def _stand_still(self, seconds: float) -> None:
         until = clock.time() + seconds

@@ -12,15 +12,20 @@ from collections.abc import Mapping, Sequence
 from overnight.agent.budget import why_stopped
 from overnight.agent.decide import gain_scale
 from overnight.agent.events import Finished, HoldoutMeasured, HoldoutSkipped
-from overnight.agent.measure import run_trial, series_of, stored_trials
+from overnight.agent.measure import Series, last_line, run_trial, series_of, stored_trials
 from overnight.agent.runtime import Runtime
 from overnight.agent.seeds import holdout_seeds
 from overnight.agent.state import BudgetSpent
+from overnight.store.errors import TrainerError
 from overnight.store.protocol import CampaignState
-from overnight.store.records import Config
+from overnight.store.records import Config, FailureClass, TrialResult
 from overnight.trainer.noise import Spread
 
 CONFIDENCE = 0.95
+TRIES = 2
+"""How often one look runs a seed before it gives up on it."""
+REPEATABLE: tuple[FailureClass, ...] = ("nan", "timeout", "crash", "unsupported")
+"""What a configuration does by itself, and would do again."""
 
 
 def finish(runtime: Runtime, state: CampaignState, reason: str, iterations: int) -> None:
@@ -28,6 +33,7 @@ def finish(runtime: Runtime, state: CampaignState, reason: str, iterations: int)
 
     Raises:
         PauseRequested: a pause was asked for between two trials; the look goes on at the next run.
+        TrainerError: the machine is at fault; the holdout stays locked, and the look goes on when it works again.
     """
     why = why_stopped(runtime, state, reason)
     try:
@@ -79,20 +85,46 @@ def _measure_holdout(runtime: Runtime, state: CampaignState) -> HoldoutMeasured 
 def _series(
     runtime: Runtime, state: CampaignState, config: Config, seeds: Sequence[int], part: int
 ) -> dict[int, float] | str:
+    """Measure what is missing, or return why it cannot be; what failed before this look is tried again.
+
+    Raises:
+        TrainerError: see `_why_failed`.
+    """
     with runtime.writing() as writer:
         config_id = writer.config(config)
+
+    def stored() -> Series:
+        return series_of(stored_trials(runtime, state, config_id, split="holdout"))
+
     for number, seed in enumerate(seeds, 1 + part * len(seeds)):
-        stored = series_of(stored_trials(runtime, state, config_id, split="holdout"))
-        while seed not in stored.metrics and stored.failure is None:
-            run_trial(
+        failed: list[TrialResult] = []
+        while seed not in stored().metrics:
+            if len(failed) == TRIES:
+                return _why_failed(runtime, failed, seed)
+            result = run_trial(
                 runtime, config, seed, purpose="holdout", split="holdout", number=number, of=2 * len(seeds),
-                replicate=stored.last_replicate.get(seed, -1) + 1,
+                replicate=stored().last_replicate.get(seed, -1) + 1,
             )  # fmt: skip
-            stored = series_of(stored_trials(runtime, state, config_id, split="holdout"))
-        if stored.failure is not None:
-            return f"a holdout trial failed ({stored.failure.failure})"
-    metrics = series_of(stored_trials(runtime, state, config_id, split="holdout")).metrics
+            if result.failure is not None:
+                failed.append(result)
+    metrics = stored().metrics
     return {seed: metrics[seed] for seed in seeds}
+
+
+def _why_failed(runtime: Runtime, failed: Sequence[TrialResult], seed: int) -> str:
+    """Return why a seed cannot be measured, where trying once more would not help.
+
+    Raises:
+        TrainerError: memory or the harness failed, with time left: both configurations ran before, so that passes.
+    """
+    failure = failed[-1].failure
+    time_is_over = runtime.deadline is not None and runtime.clock() >= runtime.deadline
+    if time_is_over or all(result.failure in REPEATABLE for result in failed):
+        return f"a holdout trial failed ({failure})"
+    raise TrainerError(
+        f"campaign `{runtime.name}`: a holdout trial failed ({failure}) on seed {seed}, though its configuration ran "
+        f"before: {last_line(failed[-1].trace)}; free what it needs and run again to look at the holdout"
+    )
 
 
 def _verdict(

@@ -13,18 +13,21 @@ from overnight.agent.measure import series_of, stored_trials
 from overnight.agent.proposers.protocol import Answer, Ask, Observation
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import PauseRequested
-from overnight.agent.state import TurnState, TurnUpdate
+from overnight.agent.state import BudgetSpent, TurnState, TurnUpdate
 from overnight.agent.turns import (
     Turn,
     narrowed,
     open_moves,
+    open_neighbours,
     plan_turn,
     rejections,
     request_reply,
     turn_prompt,
 )
-from overnight.store.errors import CampaignError, ProposerError
+from overnight.rails.menu import Change
+from overnight.store.errors import CampaignError, ProposerError, TrainerError
 from overnight.store.protocol import CampaignState, NewAttempt, Position, TrajectoryStore
+from overnight.store.records import Config
 from overnight.store.tables import utc_now
 
 
@@ -34,8 +37,14 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:
     position = runtime.store.next_stage(campaign.id)
     assert campaign.baseline_config_id is not None
     baseline = runtime.store.config_of(campaign.baseline_config_id)
-    moves = open_moves(runtime, campaign, baseline)
-    if not moves:
+    try:
+        moves = _moves_or_wait(runtime, campaign, baseline)
+    except PauseRequested:
+        return {"stage": "done", "stop_reason": "paused"}
+    except BudgetSpent as spent:
+        return {"stage": "finish", "stop_reason": spent.reason}
+    asked_for = position.try_no == 1 and bool(runtime.store.pending_requests(campaign.id))
+    if not moves and not asked_for:  # a person may ask for what no grid has
         return _refine_or_finish(runtime, campaign, state)
     totals = runtime.store.knob_totals(campaign.id)
     turn = plan_turn(runtime, campaign, position, totals=totals, moves=moves)
@@ -58,11 +67,32 @@ def propose(runtime: Runtime, state: TurnState) -> TurnUpdate:
         baseline=baseline,
         baseline_metric=baseline_metric,
         moves=narrowed(moves, turn.knobs),
+        neighbours=open_neighbours(runtime, campaign, baseline, narrowed(moves, turn.knobs)),
         rejections=rejections(runtime, campaign, position),
         history=StoredHistory(runtime.store, campaign.id),
         seed=runtime.draw_seed("propose", position.iteration, position.try_no),
     )
     return _ask(runtime, position, turn, ask, campaign.baseline_config_id)
+
+
+def _moves_or_wait(runtime: Runtime, campaign: CampaignState, baseline: Config) -> tuple[Change, ...]:
+    """Return the open moves; where not even the baseline fits, the memory is somebody else's, and it waits for it.
+
+    Raises:
+        PauseRequested: a pause was asked for meanwhile.
+        BudgetSpent: the campaign's time ran out meanwhile.
+        TrainerError: the memory has been taken for too long.
+    """
+    while not (moves := open_moves(runtime, campaign, baseline)):
+        if "R7_capability" in runtime.campaign.file.rails.skip:
+            break
+        shortage = runtime.capability().problem(baseline)
+        if shortage is None:
+            break
+        error = TrainerError(f"campaign `{runtime.name}`: no change fits now, nor does the baseline, {shortage}")
+        runtime.faults.hold("memory", error)
+    runtime.faults.over("memory")
+    return moves
 
 
 def _mean_metric(runtime: Runtime, campaign: CampaignState, config_id: str) -> float | None:
@@ -76,6 +106,7 @@ def _stored_ask(runtime: Runtime, campaign: CampaignState, position: Position, d
     assert first.prompt_id is not None
     assert first.baseline_config_id is not None
     baseline = runtime.store.config_of(first.baseline_config_id)
+    moves = open_moves(runtime, campaign, baseline, before=first.iteration)
     ask = Ask(
         iteration=position.iteration,
         prompt=runtime.store.prompts_of([first.prompt_id])[first.prompt_id],
@@ -83,7 +114,8 @@ def _stored_ask(runtime: Runtime, campaign: CampaignState, position: Position, d
         direction=runtime.campaign.file.metric.direction,
         baseline=baseline,
         baseline_metric=_mean_metric(runtime, campaign, first.baseline_config_id),
-        moves=open_moves(runtime, campaign, baseline, before=first.iteration),
+        moves=moves,
+        neighbours=open_neighbours(runtime, campaign, baseline, moves, before=first.iteration),
         history=StoredHistory(runtime.store, campaign.id, before=first.id),
         seed=runtime.draw_seed("propose", position.iteration, position.try_no),
     )
@@ -110,7 +142,7 @@ def _ask(runtime: Runtime, position: Position, turn: Turn, ask: Ask, baseline_co
                 proposer_id=stored_id(writer, turn.proposer),
                 baseline_config_id=baseline_config_id,
                 prompt=ask.prompt,
-                audit=runtime.draw_unit("audit", position.iteration) < runtime.campaign.file.decision.audit,
+                audit=_is_audited(runtime, position),
                 request_event_id=turn.request[0] if turn.request else None,
                 reply=answer.reply if answer else None,
                 settings=answer.settings if answer else {},
@@ -132,6 +164,12 @@ def _ask(runtime: Runtime, position: Position, turn: Turn, ask: Ask, baseline_co
         ProposalFailed(campaign=runtime.name, **where, proposer=name, failure=failed.failure, reason=str(failed))
     )
     return {"stage": "propose", "attempt_id": attempt_id}
+
+
+def _is_audited(runtime: Runtime, position: Position) -> bool:
+    """Whether the turn is audited, drawn beforehand; what pairs show tells nothing where seeds do not pair."""
+    drawn = runtime.draw_unit("audit", position.iteration) < runtime.campaign.file.decision.audit
+    return drawn and runtime.state().trainer_kind != "unseeded"
 
 
 def _answer(runtime: Runtime, turn: Turn, ask: Ask) -> Answer:

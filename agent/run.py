@@ -19,12 +19,14 @@ from overnight.agent.campaign import Campaign, frozen_part
 from overnight.agent.checkpoints import checkpointer
 from overnight.agent.deadline import deadline_of
 from overnight.agent.events import Hooks, Paused, RunStarted, Stopped
+from overnight.agent.finish import finish
 from overnight.agent.inherit import check_inherited
 from overnight.agent.measure import probe
 from overnight.agent.proposers.protocol import Proposer, ProposerContext
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.runtime import Runtime
 from overnight.agent.signals import Interrupted, PauseRequested, PauseSwitch
+from overnight.agent.state import BudgetSpent
 from overnight.agent.trust import require
 from overnight.distill.adapter import sweep_unfinished
 from overnight.rails.gate import Rail
@@ -261,16 +263,32 @@ def _run_turns(runtime: Runtime, checkpoints: Path | None) -> RunResult | None:
     with _kept(checkpoints, asks=runtime.campaign.file.router.ask) as saver:
         graph = turn_graph(runtime).compile(checkpointer=saver)
         lost = 0
-        while (output := _waiting_out(runtime, lambda: _turn(runtime, graph, saver))) is not None:
-            state = runtime.state()
-            if state.status == "finished":
-                return RunResult(state.stop_reason or "iterations", finished=True)
-            if output.get("stop_reason") is not None:
-                return None
-            lost = lost + 1 if _was_lost(runtime, output) else 0
-            if lost >= HARNESS_IN_A_ROW:
-                _waiting_out(runtime, lambda: probe(runtime, runtime.state()))
+        try:
+            while (output := _waiting_out(runtime, lambda: _turn(runtime, graph, saver))) is not None:
+                state = runtime.state()
+                if state.status == "finished":
+                    return RunResult(state.stop_reason or "iterations", finished=True)
+                if output.get("stop_reason") is not None:
+                    return None
+                lost = lost + 1 if _was_lost(runtime, output) else 0
+                if lost >= HARNESS_IN_A_ROW:
+                    _waiting_out(runtime, lambda: probe(runtime, runtime.state()))
+        except BudgetSpent as spent:
+            return _end(runtime, spent.reason)
         return None
+
+
+def _end(runtime: Runtime, reason: str) -> RunResult:
+    """Close a campaign whose time ran out while it waited; the look at the holdout may wait until the very end."""
+    while True:
+        state = runtime.state()
+        try:
+            finish(runtime, state, reason, runtime.store.next_stage(state.id).iteration - 1)
+        except TrainerError as error:
+            with suppress(BudgetSpent):  # there is no time left to look at it, and `finish` says so
+                runtime.faults.hold("trainer", error, last=True)
+        else:
+            return RunResult(reason, finished=True)
 
 
 @contextmanager

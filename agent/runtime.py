@@ -8,9 +8,10 @@ belongs to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from overnight.agent.campaign import Campaign
@@ -26,7 +27,7 @@ from overnight.rails.menu import Menu
 from overnight.store import clock
 from overnight.store.errors import CampaignError, StorageFaultError
 from overnight.store.hashing import JsonValue, digest
-from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, TrajectoryStore, Trial
+from overnight.store.protocol import Attempt, CampaignState, Lease, StoreWriter, SumOfSquares, TrajectoryStore, Trial
 from overnight.store.records import Config, Split, TrainerInfo
 from overnight.store.writer import trainer_hash
 from overnight.trainer.noise import Noise, Spread, paired_noise, trial_noise
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from overnight.agent.contest import Stood
 
 T = TypeVar("T")
+NOTHING_KNOWN = Spread(0.0, 0)
 RENEW_EVERY_S = 20.0
 """How often a long trial renews the lease: six times before another machine takes its holder for dead."""
 
@@ -241,7 +243,17 @@ class Runtime:
             self._noise, self._noise_known = self._estimate_noise(state), True
         return self._noise
 
-    def _estimate_noise(self, state: CampaignState) -> Noise | None:
+    def noise_before(self, state: CampaignState, attempt_id: int) -> Noise | None:
+        """Return the noise as it was known when an attempt began: its own audit, and later ones, say nothing yet."""
+        spreads = partial(
+            self.store.audit_spreads, state.id, trainer_hash=self.trainer_hash, environment_hash=self.environment_hash
+        )
+        if not spreads(since=attempt_id - 1):
+            return self.noise(state)
+        earlier = spreads().items()
+        return self._estimate_noise(state, _pooled(one for of, one in earlier if of < attempt_id))
+
+    def _estimate_noise(self, state: CampaignState, audits: Spread | None = None) -> Noise | None:
         where = {"trainer_hash": self.trainer_hash, "environment_hash": self.environment_hash}
         seeds = self.store.seed_spread(state.id, **where)
         if seeds.df < 1:
@@ -249,15 +261,15 @@ class Runtime:
         calibration = Spread(seeds.ss, seeds.df)
         if state.trainer_kind == "unseeded":
             return trial_noise(calibration)
-        return paired_noise(calibration, self._audits_so_far(state, **where))
+        return paired_noise(calibration, self._audits_so_far(state, **where) if audits is None else audits)
 
     def _audits_so_far(self, state: CampaignState, **where: str) -> Spread:
         """Pool the audits, adding those decided since the last time, in the order that a new process would."""
         if self._audits is None or self._audits[0] != where:
-            self._audits = (where, 0, Spread(0.0, 0))
+            self._audits = (where, 0, NOTHING_KNOWN)
         _, last, pooled = self._audits
         added = self.store.audit_spreads(state.id, **where, since=last)
-        pooled = sum((Spread(one.ss, one.df) for one in added.values()), pooled)
+        pooled = _pooled(added.values(), pooled)
         self._audits = (where, max(added, default=last), pooled)
         return pooled
 
@@ -286,6 +298,10 @@ class Runtime:
         `before` looks at the turns before that one only.
         """
         return results_in_words(self.store, state, self.campaign.menu, configs, before=before)
+
+
+def _pooled(sums: Iterable[SumOfSquares], before: Spread = NOTHING_KNOWN) -> Spread:
+    return sum((Spread(one.ss, one.df) for one in sums), before)
 
 
 def results_in_words(

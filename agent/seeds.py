@@ -1,7 +1,8 @@
 """Which seeds are whose: no decision, audit, race, duel or holdout ever looks at a seed that another kind used.
 
-A campaign decides on the seeds from its own thousand on, all below `ASIDE`. Those aside are cut into thousands too, one
-for each hundred turns: audits take the eighth hundred of it, races the ninth, duels the last.
+A campaign decides on the seeds from its own thousand on, all below `ASIDE`; calibration and turns never get as far as
+the holdout's (both are at most 200 long). Those aside are cut into thousands too: audits take the eighth hundred of
+each, races the ninth, duels the last.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def fallback(runtime: Runtime) -> Proposer:
 
 def _tries(moves: Sequence[Change], totals: Sequence[KnobTotal]) -> dict[str, int]:
     tried = dict.fromkeys((move.knob for move in moves), 0)
-    return tried | {total.knob: total.proposed for total in totals if total.knob in tried}
+    return tried | {total.knob: total.tried for total in totals if total.knob in tried}
 
 
 def open_moves(
@@ -100,14 +100,32 @@ def open_moves(
 
     `before` asks for those that were open before a turn: what was measured in it or later does not count as tried.
     """
-    menu = runtime.campaign.menu
-    moves = list(menu.moves(baseline, refinement=state.refinement))
-    configs = [menu.apply(baseline, move) for move in moves]
+    moves = list(runtime.campaign.menu.moves(baseline, refinement=state.refinement))
+    return _let_through(runtime, state, baseline, moves, before)
+
+
+def open_neighbours(
+    runtime: Runtime, state: CampaignState, baseline: Config, moves: Sequence[Change], *, before: int | None = None
+) -> tuple[Change, ...]:
+    """Return the values next to the present ones, of the knobs of `moves`, that every rail would let through."""
+    beside = runtime.campaign.menu.neighbours(baseline, dict.fromkeys(move.knob for move in moves))
+    return _let_through(runtime, state, baseline, [change for change in beside if change not in set(moves)], before)
+
+
+def _let_through(
+    runtime: Runtime, state: CampaignState, baseline: Config, changes: list[Change], before: int | None
+) -> tuple[Change, ...]:
+    configs = [runtime.campaign.menu.apply(baseline, change) for change in changes]
     if "R6_novelty" not in runtime.campaign.file.rails.skip:
         done = runtime.earlier(state, configs, before=before)
-        moves = [move for move, words in zip(moves, done, strict=True) if words is None]
+        changes = [change for change, words in zip(changes, done, strict=True) if words is None]
     rails = [rail for rail in runtime.rails(state) if rail.id != "R6_novelty"]
-    return tuple(move for move in moves if not any(rail.check(_candidate(runtime, baseline, move)) for rail in rails))
+    candidates = [_candidate(runtime, baseline, change) for change in changes]
+    return tuple(
+        change
+        for change, candidate in zip(changes, candidates, strict=True)
+        if not any(rail.check(candidate) for rail in rails)
+    )
 
 
 def _candidate(runtime: Runtime, baseline: Config, move: Change) -> Candidate:

@@ -95,7 +95,8 @@ TOTALS = """
 INSERT INTO pair_totals (campaign_id, knob, new_value, proposed, kept, reverted, blocked, failed, trials, mean_gain)
 SELECT campaign_id, knob, new_value, count(*), sum(outcome = 'kept'), sum(outcome = 'reverted'), 0, 0, sum(trials),
     avg(gain) FROM attempts GROUP BY 1, 2, 3;
-INSERT INTO knob_totals SELECT campaign_id, knob, sum(proposed), sum(kept), count(*) FROM pair_totals GROUP BY 1, 2;
+INSERT INTO knob_totals (campaign_id, knob, proposed, kept, blocked, distinct_values)
+SELECT campaign_id, knob, sum(proposed), sum(kept), 0, count(*) FROM pair_totals GROUP BY 1, 2;
 UPDATE campaigns SET best_attempt_id = (SELECT id FROM attempts WHERE campaign_id = campaigns.id AND outcome = 'kept'
     ORDER BY iteration DESC LIMIT 1), noise_sd = 0.004;
 ANALYZE;

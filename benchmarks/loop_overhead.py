@@ -76,7 +76,7 @@ class Loop:
         router = {"champion": "scripted", "explore": 0.0, **({"challenger": "other"} if contested else {})}
         data = load_campaign("gpt354m").spec() | {
             "trainer": {"steps": 60, "noise_sd": 0.001, "optimum": {"lr": 3e-4, "beta2": 0.95}},
-            "budget": {"iterations": 10**6},
+            "budget": {"iterations": 10**6, "gpu_hours": 1e6},  # so that what trials cost is asked before each
             "campaign": {"name": "overhead", "trainer": "scripted"},
             "proposers": {name: {"kind": "random"} for name in self._names},
             "router": router,
@@ -102,7 +102,10 @@ class Loop:
         return clock.overhead_ms[1:]
 
     def decide(self, repeats: int = 50) -> float:
-        """Judge the last attempt from what is stored, nothing remembered; return the median in milliseconds."""
+        """Judge the last attempt from what is stored, as after an audited turn; return the median in milliseconds.
+
+        Nothing is remembered but the audits pooled before, which a process reads once in its life.
+        """
         trainer = ScriptedTrainer(ScriptedSettings.model_validate(self._campaign.file.trainer))
         proposers = {name: ScriptedProposer(name, propose) for name in self._names}
         runtime = open_runtime(self._campaign, self._store, trainer=trainer, proposers=proposers)
@@ -115,6 +118,7 @@ class Loop:
         for _ in range(repeats):
             runtime.trials.clear()
             runtime.own_trials.clear()
+            runtime._noise_known = False  # as after an audited turn: one in twenty
             begin = time.perf_counter()
             standing(runtime, state, attempt)
             times.append((time.perf_counter() - begin) * 1e3)

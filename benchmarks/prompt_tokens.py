@@ -25,7 +25,7 @@ def crowded(knob: str) -> KnobTotal:
     values = [
         PairTotal(
             knob=knob, new_value=repr(0.000123456 * (i + 1)), proposed=33, kept=1, reverted=30, blocked=0, failed=2,
-            trials=41, mean_gain=-0.0123456, last_failure="oom",
+            trials=41, mean_gain=-0.0123456, failures={"oom": 2},
         )
         for i in range(24)
     ]  # fmt: skip

@@ -62,7 +62,7 @@ class Soak:
         folder.mkdir()
         data = load_campaign("gpt354m").spec() | {
             "trainer": {"steps": 60, "noise_sd": 0.001, "optimum": {"lr": 3e-4, "beta2": 0.95}},
-            "budget": {"iterations": 10**6},
+            "budget": {"iterations": 10**6, "gpu_hours": 1e6},  # so that what trials cost is asked before each
             "campaign": {"name": "soak", "trainer": "scripted"},
             "proposers": {"scripted": {"kind": "random"}},
             "router": {"champion": "scripted", "explore": 0.0},

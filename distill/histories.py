@@ -6,14 +6,15 @@ Real prompts are stored and never rendered again; this renders the others, throu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from overnight.distill.lessons import ConfigKey, Lesson, baseline_key, changed_key
 from overnight.rails.menu import Change, Menu
-from overnight.store.prompt import PromptFacts, render_prompt
+from overnight.store.prompt import PromptFacts, information, render_prompt
 from overnight.store.protocol import KnobTotal, PairTotal
-from overnight.store.records import Config
+from overnight.store.records import Config, FailureClass
 from overnight.store.sql_store import VALUES_PER_KNOB
 from overnight.store.writer import value_text
 
@@ -71,12 +72,14 @@ def totals(lessons: Iterable[Lesson]) -> list[KnobTotal]:
 
 def _knob_total(knob: str, values: dict[str, list[Lesson]]) -> KnobTotal:
     found = [_pair_total(knob, value, lessons) for value, lessons in values.items()]
-    found.sort(key=lambda pair: (-pair.kept, float("inf") if pair.mean_gain is None else -pair.mean_gain))
+    found.sort(key=information)
+    failures = sum((Counter(pair.failures) for pair in found), Counter[FailureClass]())
     return KnobTotal(
         knob=knob,
         proposed=sum(pair.proposed for pair in found),
         kept=sum(pair.kept for pair in found),
         distinct_values=len(found),
+        failures=failures,
         values=found[:VALUES_PER_KNOB],
     )
 
@@ -96,7 +99,7 @@ def _pair_total(knob: str, value: str, lessons: Sequence[Lesson]) -> PairTotal:
         failed=outcomes.count("failed"),
         trials=trials,
         mean_gain=sum(gain * count for gain, count in gains) / trials if trials else None,
-        last_failure=failures[-1] if failures else None,
+        failures=Counter(failures),
     )
 
 

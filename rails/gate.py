@@ -102,9 +102,10 @@ def parse_reply(reply: str) -> Proposal:
         raise ValueError("`knob` must be text: the name of one knob")
     if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARS:
         raise ValueError(f"`reason` must be text of at most {MAX_REASON_CHARS} characters")
-    if not (_is_text(knob) and _is_text(reason)):
-        raise ValueError("`knob` and `reason` must be plain text without NUL or unpaired surrogates")
-    return Proposal(knob, value["new_value"], reason)
+    new_value = value["new_value"]
+    if not all(_is_text(text) for text in (knob, reason, new_value) if isinstance(text, str)):
+        raise ValueError("`knob`, `new_value` and `reason` must be plain text without NUL or unpaired surrogates")
+    return Proposal(knob, new_value, reason)
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -127,8 +128,9 @@ def _is_text(text: str) -> bool:
 
 
 def _clip(text: str, limit: int = 60) -> str:
+    """Return one line of a model's text, for a reason that goes into a prompt again."""
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
-    return shown.encode("utf-8", "replace").decode()
+    return "".join(sign if sign.isprintable() else " " for sign in shown)
 
 
 def check_reply(reply: str, *, menu: Menu, baseline: Config, rails: Sequence[Rail]) -> Verdict:

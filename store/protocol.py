@@ -227,7 +227,8 @@ class PairTotal:
     failed: int
     trials: int
     mean_gain: float | None
-    last_failure: FailureClass | None
+    failures: Mapping[FailureClass, int] = field(default_factory=dict)
+    """How often each class of failure came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,10 +237,20 @@ class KnobTotal:
 
     knob: str
     proposed: int
+    """With `blocked`."""
     kept: int
+    blocked: int = 0
     distinct_values: int
+    """Values of the menu that were proposed."""
+    failures: Mapping[FailureClass, int] = field(default_factory=dict)
+    """How often each class of failure came, whatever the value."""
     values: Sequence[PairTotal]
-    """The best first; the rest of `distinct_values` is left out."""
+    """The most informative first; the rest of `distinct_values` is left out."""
+
+    @property
+    def tried(self) -> int:
+        """Proposals that no rail blocked."""
+        return self.proposed - self.blocked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

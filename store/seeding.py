@@ -6,6 +6,7 @@ The other campaign's attempts and trials are not: nothing is paired with them, l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,9 +15,9 @@ from sqlalchemy import insert
 from overnight.store.errors import InputError
 from overnight.store.hashing import JsonValue
 from overnight.store.sql_store import SqlStore
-from overnight.store.tables import KnobTotalRow, PairTotalRow
+from overnight.store.tables import FailureTotalRow, KnobTotalRow, PairTotalRow, Table
 from overnight.store.trajectory_lines import AttemptLine, Trajectory, parse
-from overnight.store.writer import SqlWriter
+from overnight.store.writer import OFF_MENU_RAILS, SqlWriter
 
 
 def seed_campaign(
@@ -55,29 +56,41 @@ def seed_campaign(
 
 def _write(store: SqlStore, campaign_id: int, attempts: list[AttemptLine], told: Mapping[str, JsonValue]) -> None:
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
-    for attempt in attempts:
-        _add(pairs, attempt.columns)
     knobs: dict[str, dict[str, int]] = {}
-    for (knob, _), pair in pairs.items():
-        total = knobs.setdefault(knob, {"proposed": 0, "kept": 0, "distinct_values": 0})
-        total["proposed"] += pair["proposed"]
-        total["kept"] += pair["kept"]
-        total["distinct_values"] += 1
+    failures: Counter[tuple[str, str, str]] = Counter()
+    for columns in (attempt.columns for attempt in attempts):
+        total = knobs.setdefault(columns["knob"], dict.fromkeys(("proposed", "kept", "blocked", "distinct_values"), 0))
+        total["proposed"] += 1
+        for outcome in ("kept", "blocked"):
+            total[outcome] += columns["outcome"] == outcome
+        if columns["rail"] not in OFF_MENU_RAILS:
+            _add(pairs, columns)
+        if columns["failure"] is not None:
+            failures[columns["knob"], columns["new_value"], columns["failure"]] += 1
+    for knob, _ in pairs:
+        knobs[knob]["distinct_values"] += 1
+    of = {"campaign_id": campaign_id}
+    rows: dict[type[Table], list[dict[str, Any]]] = {
+        PairTotalRow: [{**of, "knob": knob, "new_value": value, **pair} for (knob, value), pair in pairs.items()],
+        FailureTotalRow: [
+            {**of, "knob": knob, "new_value": value, "failure": failure, "times": times}
+            for (knob, value, failure), times in failures.items()
+        ],
+        KnobTotalRow: [{**of, "knob": knob, **total} for knob, total in knobs.items()],
+    }
     with store.transaction() as connection:
-        rows = [{"campaign_id": campaign_id, "knob": k, "new_value": v, **pair} for (k, v), pair in pairs.items()]
-        connection.execute(insert(PairTotalRow), rows)
-        sums = [{"campaign_id": campaign_id, "knob": knob, **total} for knob, total in knobs.items()]
-        connection.execute(insert(KnobTotalRow), sums)
+        for table, found in rows.items():
+            if found:
+                connection.execute(insert(table), found)
         SqlWriter(connection, campaign_id).event("seeded", told)
 
 
 def _add(pairs: dict[tuple[str, str], dict[str, Any]], columns: Mapping[str, Any]) -> None:
     counts = dict.fromkeys(("proposed", "kept", "reverted", "blocked", "failed", "trials"), 0)
-    empty = {**counts, "mean_gain": None, "last_failure": None}
+    empty = {**counts, "mean_gain": None}
     pair = pairs.setdefault((columns["knob"], columns["new_value"]), empty)
     pair["proposed"] += 1
     pair[columns["outcome"]] += 1
-    pair["last_failure"] = columns["failure"] or pair["last_failure"]
     trials = max(columns["trials"], 1)
     if columns["gain"] is not None:
         sums = (pair["mean_gain"] or 0.0) * pair["trials"] + columns["gain"] * trials

@@ -7,13 +7,14 @@ compute what SQL can compute.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, collate, func, insert, select, update
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
@@ -32,7 +33,7 @@ from overnight.store.protocol import (
     SumOfSquares,
     Trial,
 )
-from overnight.store.records import KnobValue, Split, Stage
+from overnight.store.records import FailureClass, KnobValue, Split, Stage
 from overnight.store.sql_contests import SqlContestReads
 from overnight.store.sql_learning import AT_ONCE, SqlLearningReads
 from overnight.store.tables import (
@@ -40,6 +41,7 @@ from overnight.store.tables import (
     CampaignRow,
     ConfigRow,
     EventRow,
+    FailureTotalRow,
     KnobTotalRow,
     PairTotalRow,
     PromptRow,
@@ -58,11 +60,29 @@ _ATTEMPTS = select(
     )
 ).join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
 _TRIALS = select(*(getattr(TrialRow, name) for name in Trial.__slots__)).order_by(TrialRow.id)
-_BEST_VALUES = (
-    select(*(getattr(PairTotalRow, name) for name in PairTotal.__slots__))
-    .where(PairTotalRow.campaign_id == bindparam("campaign"), PairTotalRow.knob == bindparam("of_knob"))
-    .order_by(PairTotalRow.kept.desc(), PairTotalRow.mean_gain.desc().nulls_last())
-    .limit(bindparam("count"))
+_PAIRS = select(*(getattr(PairTotalRow, name) for name in PairTotal.__slots__ if name != "failures")).where(
+    PairTotalRow.campaign_id == bindparam("campaign"), PairTotalRow.knob == bindparam("of_knob")
+)
+_INFORMATIVE_VALUES = {
+    dialect: _PAIRS.order_by(
+        PairTotalRow.kept.desc(),
+        (PairTotalRow.trials + PairTotalRow.failed).desc(),
+        func.abs(PairTotalRow.mean_gain).desc().nulls_first(),
+        collate(PairTotalRow.new_value, bytewise),
+    ).limit(bindparam("count"))
+    for dialect, bytewise in (("sqlite", "BINARY"), ("postgresql", "C"))
+}
+"""The order is that of `overnight.store.prompt.information`."""
+_FAILED_KNOBS = (
+    select(FailureTotalRow.knob, FailureTotalRow.failure, func.sum(FailureTotalRow.times).label("times"))
+    .where(FailureTotalRow.campaign_id == bindparam("campaign"))
+    .group_by(FailureTotalRow.knob, FailureTotalRow.failure)
+)
+_FAILED_VALUES = select(
+    FailureTotalRow.knob, FailureTotalRow.new_value, FailureTotalRow.failure, FailureTotalRow.times
+).where(
+    FailureTotalRow.campaign_id == bindparam("campaign"),
+    FailureTotalRow.new_value.in_(bindparam("failed_values", expanding=True)),
 )
 _NEWEST_TRY = (
     select(
@@ -77,7 +97,7 @@ _NEWEST_TRY = (
     .order_by(AttemptRow.iteration.desc(), AttemptRow.try_no.desc())
     .limit(1)
 )
-_KNOB = [getattr(KnobTotalRow, name) for name in KnobTotal.__slots__ if name != "values"]
+_KNOB = [getattr(KnobTotalRow, name) for name in KnobTotal.__slots__ if name not in ("values", "failures")]
 VALUES_PER_KNOB = 24
 """How many values of a knob a prompt may choose from: more than it has room for."""
 _NEXT: Mapping[Stage, Literal["check_rails", "train", "validate", "decide"]] = {
@@ -328,13 +348,30 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         knobs = self._all(select(*_KNOB).where(KnobTotalRow.campaign_id == campaign_id))
         if not knobs:
             return []
-        values: dict[str, list[PairTotal]] = {}
+        of = {"campaign": campaign_id}
+        pairs: dict[str, list[dict[str, Any]]] = {}
+        by_knob: dict[str, dict[FailureClass, int]] = {}
+        by_value: dict[tuple[str, str], dict[FailureClass, int]] = {}
         with self._reading() as connection:
-            for knob in knobs:
-                of = {"campaign": campaign_id, "of_knob": knob["knob"], "count": VALUES_PER_KNOB}
-                rows = connection.execute(_BEST_VALUES, of).mappings()
-                values[knob["knob"]] = [PairTotal(**row) for row in rows]
-        return [KnobTotal(**knob, values=values[knob["knob"]]) for knob in knobs]
+            query = _INFORMATIVE_VALUES[connection.dialect.name]
+            for name in (knob["knob"] for knob in knobs):
+                rows = connection.execute(query, {**of, "of_knob": name, "count": VALUES_PER_KNOB}).mappings()
+                pairs[name] = [dict(row) for row in rows]
+            for name, failure, times in connection.execute(_FAILED_KNOBS, of):
+                by_knob.setdefault(name, {})[cast(FailureClass, failure)] = int(times)
+            failed = {pair["new_value"] for found in pairs.values() for pair in found if pair["failed"]}
+            for name, value, failure, times in connection.execute(
+                _FAILED_VALUES, {**of, "failed_values": sorted(failed)}
+            ):
+                by_value.setdefault((name, value), {})[cast(FailureClass, failure)] = times
+        return [
+            KnobTotal(
+                **knob,
+                failures=by_knob.get(name, {}),
+                values=[PairTotal(**pair, failures=by_value.get((name, pair["new_value"]), {})) for pair in found],
+            )
+            for knob, (name, found) in zip(knobs, pairs.items(), strict=True)
+        ]
 
     def measured_since(self, campaign_id: int, attempt_id: int) -> Iterator[Measured]:
         """Yield decided attempts with a candidate after `attempt_id`, oldest first."""
@@ -354,7 +391,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
 
     def seed_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
         """Return the trial noise over seeds from calibration runs in one environment."""
-        calibration = (
+        query = _TRIALS.where(
             TrialRow.campaign_id == campaign_id,
             TrialRow.purpose == "calibration",
             TrialRow.trainer_hash == trainer_hash,
@@ -362,9 +399,12 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             TrialRow.metric.is_not(None),
         )
         # One good run of each seed: the repeat of the first would count its seed twice.
-        first = select(func.min(TrialRow.id)).where(*calibration).group_by(TrialRow.config_id, TrialRow.seed)
-        query = select(TrialRow.metric, TrialRow.config_id).where(TrialRow.id.in_(first)).subquery()
-        return self._spread(query.c.metric, query.c.config_id)
+        metrics: dict[str, dict[int | None, float]] = {}
+        for row in self._all(query):
+            metrics.setdefault(row["config_id"], {}).setdefault(row["seed"], row["metric"])
+        groups = [list(of.values()) for of in metrics.values()]
+        squares = [(metric - math.fsum(group) / len(group)) ** 2 for group in groups for metric in group]
+        return SumOfSquares(math.fsum(squares), sum(len(group) - 1 for group in groups))
 
     def audit_spreads(
         self, campaign_id: int, *, trainer_hash: str, environment_hash: str, since: int = 0
@@ -408,13 +448,6 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         )
         groups = _within(query.c.difference, query.c.attempt_id).order_by("of")
         return {row["of"]: SumOfSquares(max(row["ss"], 0.0), row["n"] - 1) for row in self._all(groups)}
-
-    def _spread(self, value: Any, group: Any) -> SumOfSquares:
-        """Pool sums of squares within groups in SQL, around each group's own mean."""
-        groups = _within(value, group).subquery()
-        query = select(func.sum(groups.c.ss).label("ss"), func.sum(groups.c.n - 1).label("df"))
-        row = self._all(query)[0]
-        return SumOfSquares(max(float(row["ss"] or 0.0), 0.0), int(row["df"] or 0))
 
     def spent(self, campaign_id: int) -> Spent:
         """Return what the campaign has used of its budget."""

@@ -180,12 +180,12 @@ class AttemptRow(Table):
 
 
 class PairTotalRow(Table):
-    """Running totals of one (knob, value): what prompts show of ALL history without reading it again."""
+    """Running totals of one (knob, value): what prompts show of ALL history without reading it again.
+
+    A value that is not on the menu has none: what a model wrote there is no value.
+    """
 
     __tablename__ = "pair_totals"
-    __table_args__ = (
-        Index("ix_pair_totals_campaign_id_knob_kept_mean_gain", "campaign_id", "knob", "kept", "mean_gain"),
-    )
     campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
     knob: Mapped[str] = mapped_column(Text, primary_key=True)
     new_value: Mapped[str] = mapped_column(Text, primary_key=True)
@@ -197,17 +197,28 @@ class PairTotalRow(Table):
     trials: Mapped[int]
     mean_gain: Mapped[Double | None]
     """Mean of the measured gains, each weighted by its trials."""
-    last_failure: Mapped[str | None] = mapped_column(Text)
+
+
+class FailureTotalRow(Table):
+    """How often a (knob, value) failed in each class."""
+
+    __tablename__ = "failure_totals"
+    campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
+    knob: Mapped[str] = mapped_column(Text, primary_key=True)
+    new_value: Mapped[str] = mapped_column(Text, primary_key=True)
+    failure: Mapped[str] = mapped_column(Text, primary_key=True)
+    times: Mapped[int]
 
 
 class KnobTotalRow(Table):
-    """Running totals of one knob over its values."""
+    """Running totals of one knob over its values, with the blocked proposals of values that are not on the menu."""
 
     __tablename__ = "knob_totals"
     campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
     knob: Mapped[str] = mapped_column(Text, primary_key=True)
     proposed: Mapped[int]
     kept: Mapped[int]
+    blocked: Mapped[int]
     distinct_values: Mapped[int]
 
 
@@ -218,6 +229,7 @@ class TrialRow(Table):
     __table_args__ = (
         UniqueConstraint("campaign_id", "config_id", "trainer_hash", "environment_hash", "split", "seed", "replicate"),
         Index("ix_trials_attempt_id", "attempt_id"),
+        Index("ix_trials_campaign_id_id", "campaign_id", "id"),
         Index("ix_trials_campaign_id_purpose_wall_s", "campaign_id", "purpose", "wall_s"),
     )
     id: Mapped[Key]

@@ -27,31 +27,38 @@ from overnight.store.tables import (
     utc_now,
 )
 from overnight.store.trajectory_lines import UNKNOWN, EventLine, Header, Trajectory, TrialLine, parse
-from overnight.store.writer import SqlWriter, insert_once
+from overnight.store.writer import OFF_MENU_RAILS, SqlWriter, insert_once
 
 IMPORTED = "imported"
 """The `stop_reason` of a campaign that came from a file."""
 _CARRIED = ("trainer", "trainer_kind", "started_at", "finished_at")
 """Columns of a campaign that an export carries as they are."""
+_ON_MENU = f"(a.rail IS NULL OR a.rail NOT IN ({', '.join(map(repr, OFF_MENU_RAILS))}))"
 _TOTALS = (
     "DELETE FROM pair_totals WHERE campaign_id = :id",
+    "DELETE FROM failure_totals WHERE campaign_id = :id",
     "DELETE FROM knob_totals WHERE campaign_id = :id",
-    """
-    INSERT INTO pair_totals (campaign_id, knob, new_value, proposed, kept, reverted, blocked, failed, trials, mean_gain,
-        last_failure)
+    f"""
+    INSERT INTO pair_totals (campaign_id, knob, new_value, proposed, kept, reverted, blocked, failed, trials, mean_gain)
     SELECT a.campaign_id, a.knob, a.new_value, count(*), sum(CASE WHEN a.outcome = 'kept' THEN 1 ELSE 0 END),
         sum(CASE WHEN a.outcome = 'reverted' THEN 1 ELSE 0 END), sum(CASE WHEN a.outcome = 'blocked' THEN 1 ELSE 0 END),
         sum(CASE WHEN a.outcome = 'failed' THEN 1 ELSE 0 END),
         sum(CASE WHEN a.gain IS NOT NULL THEN a.trials ELSE 0 END),
-        sum(a.gain * a.trials) / NULLIF(sum(CASE WHEN a.gain IS NOT NULL THEN a.trials ELSE 0 END), 0),
-        (SELECT b.failure FROM attempts AS b WHERE b.campaign_id = a.campaign_id AND b.knob = a.knob
-            AND b.new_value = a.new_value AND b.failure IS NOT NULL ORDER BY b.id DESC LIMIT 1)
-    FROM attempts AS a WHERE a.campaign_id = :id AND a.knob IS NOT NULL AND a.new_value IS NOT NULL
+        sum(a.gain * a.trials) / NULLIF(sum(CASE WHEN a.gain IS NOT NULL THEN a.trials ELSE 0 END), 0)
+    FROM attempts AS a WHERE a.campaign_id = :id AND a.knob IS NOT NULL AND a.new_value IS NOT NULL AND {_ON_MENU}
     GROUP BY a.campaign_id, a.knob, a.new_value""",
     """
-    INSERT INTO knob_totals (campaign_id, knob, proposed, kept, distinct_values)
-    SELECT campaign_id, knob, sum(proposed), sum(kept), count(*) FROM pair_totals WHERE campaign_id = :id
-    GROUP BY campaign_id, knob""",
+    INSERT INTO failure_totals (campaign_id, knob, new_value, failure, times)
+    SELECT campaign_id, knob, new_value, failure, count(*) FROM attempts
+    WHERE campaign_id = :id AND knob IS NOT NULL AND new_value IS NOT NULL AND failure IS NOT NULL
+    GROUP BY campaign_id, knob, new_value, failure""",
+    f"""
+    INSERT INTO knob_totals (campaign_id, knob, proposed, kept, blocked, distinct_values)
+    SELECT a.campaign_id, a.knob, count(*), sum(CASE WHEN a.outcome = 'kept' THEN 1 ELSE 0 END),
+        sum(CASE WHEN a.outcome = 'blocked' THEN 1 ELSE 0 END),
+        count(DISTINCT CASE WHEN {_ON_MENU} THEN a.new_value END)
+    FROM attempts AS a WHERE a.campaign_id = :id AND a.knob IS NOT NULL AND a.new_value IS NOT NULL
+    GROUP BY a.campaign_id, a.knob""",
 )
 _NOISE = text("""
     SELECT sum(g.ss) / NULLIF(sum(g.n - 1), 0) FROM (

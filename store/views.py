@@ -180,7 +180,7 @@ GROUP BY c.name, a.knob, a.new_value""",
         {
             "campaign": CAMPAIGN,
             "proposer": "its name in the campaign file",
-            "proposals": "tries it was asked for",
+            "proposals": "tries it was asked for; what a person asked for in its place is not its own",
             "valid": "answers that passed the rails",
             "kept": "changes that were kept",
             "distinct_pairs": "different (knob, value) among its proposals",
@@ -195,6 +195,7 @@ SELECT c.name AS campaign, p.name AS proposer, count(*) AS proposals,
     count(DISTINCT a.knob) AS knobs_touched, {_rate(_IS_REPEAT, "repeat_rate", "a.knob IS NOT NULL")},
     avg(a.proposal_latency_s) AS mean_latency_s
 FROM campaigns AS c JOIN attempts AS a ON a.campaign_id = c.id JOIN proposers AS p ON p.id = a.proposer_id
+WHERE a.role <> 'request'
 GROUP BY c.name, p.name""",
     ),
     View(

@@ -24,6 +24,7 @@ from overnight.store.tables import (
     CampaignRow,
     ConfigRow,
     EventRow,
+    FailureTotalRow,
     KnobTotalRow,
     PairTotalRow,
     PromptRow,
@@ -36,6 +37,8 @@ from overnight.store.tables import (
 MAX_REPLY_CHARS = 65_536
 MAX_TRACE_CHARS = 8_192
 MAX_NOTES_CHARS = 2_000
+OFF_MENU_RAILS = ("R1_schema", "R2_menu", "R3_range")
+"""What these block is no value of the menu but text of a model: it has no running totals."""
 
 
 def storable(text: str | None, limit: int) -> str | None:
@@ -123,8 +126,8 @@ class SqlWriter(SqlLearningWrites, SqlContestWrites):
     def verdict(self, new: NewVerdict) -> None:
         """Take a try from `proposed` to `checked`, or to `decided` when it is blocked."""
         blocked = new.rail is not None
-        text = None if new.new_value is None else value_text(new.new_value)
-        number = new.new_value if isinstance(new.new_value, int | float) else None
+        text = None if new.new_value is None else storable(value_text(new.new_value), MAX_NOTES_CHARS)
+        number = float(new.new_value) if isinstance(new.new_value, int | float) else None
         moved = self._advance(
             new.attempt_id,
             "proposed",
@@ -141,7 +144,9 @@ class SqlWriter(SqlLearningWrites, SqlContestWrites):
             decided_at=utc_now() if blocked else None,
         )
         if moved and new.knob is not None and text is not None:
-            self._add_to_pair(new.knob, text, {"proposed": 1, "blocked": int(blocked)})
+            counts = {"proposed": 1, "blocked": int(blocked)}
+            is_new = new.rail not in OFF_MENU_RAILS and self._add_to_pair(new.knob, text, counts)
+            self._add_to_knob(new.knob, {**counts, "distinct_values": int(is_new)})
 
     def trial(self, new: NewTrial) -> None:
         """Store a finished run and add its cost to the campaign's."""
@@ -228,8 +233,9 @@ class SqlWriter(SqlLearningWrites, SqlContestWrites):
             {new.outcome: 1},
             trials=row.trials if row.gain is not None else 0,
             gain=row.gain,
-            last_failure=row.failure,
+            failure=row.failure,
         )
+        self._add_to_knob(row.knob, {"kept": int(new.outcome == "kept")})
         if new.new_baseline_config_id is not None:
             self.baseline(new.new_baseline_config_id)
         if new.is_best:
@@ -298,28 +304,49 @@ class SqlWriter(SqlLearningWrites, SqlContestWrites):
         *,
         trials: int = 0,
         gain: float | None = None,
-        last_failure: FailureClass | None = None,
-    ) -> None:
-        """Add to the running totals of a (knob, value) and of its knob."""
-        key = {"campaign_id": self._campaign_id, "knob": knob}
+        failure: FailureClass | None = None,
+    ) -> bool:
+        """Add to the running totals of a (knob, value); say whether it had none."""
+        key = {"campaign_id": self._campaign_id, "knob": knob, "new_value": new_value}
+        is_new = self._connection.execute(select(PairTotalRow.knob).filter_by(**key)).first() is None
         added = {name: counts.get(name, 0) for name in ("proposed", "kept", "reverted", "blocked", "failed")}
-        known = select(PairTotalRow.knob).filter_by(**key, new_value=new_value)
-        is_new = self._connection.execute(known).first() is None
-        total, row = PairTotalRow, {**key, "new_value": new_value}
-        insert = _insert_into(self._connection, total).values(
-            **row, **added, trials=trials, mean_gain=gain, last_failure=last_failure
-        )
-        changes: dict[str, Any] = {name: getattr(total, name) + value for name, value in added.items()}
+        added["trials"] = trials if gain is not None else 0
+        now: dict[str, Any] = {}
         if gain is not None:
+            total = PairTotalRow
             mean = (func.coalesce(total.mean_gain, 0.0) * total.trials + gain * trials) / (total.trials + trials)
-            changes |= {"mean_gain": mean, "trials": total.trials + trials}
-        if last_failure is not None:
-            changes["last_failure"] = last_failure
-        self._connection.execute(insert.on_conflict_do_update(index_elements=list(row), set_=changes))
-        sums = {"proposed": added["proposed"], "kept": added["kept"], "distinct_values": int(is_new)}
-        knob_insert = _insert_into(self._connection, KnobTotalRow).values(**key, **sums)
-        knob_sums = {name: getattr(KnobTotalRow, name) + value for name, value in sums.items()}
-        self._connection.execute(knob_insert.on_conflict_do_update(index_elements=list(key), set_=knob_sums))
+            now["mean_gain"] = mean
+        if failure is not None:
+            self._add(FailureTotalRow, {**key, "failure": failure}, {"times": 1})
+        self._add(PairTotalRow, key, added, first={"mean_gain": gain}, now=now)
+        return is_new
+
+    def _add_to_knob(self, knob: str, counts: Mapping[str, int]) -> None:
+        """Add to the running totals of a knob."""
+        added = {name: counts.get(name, 0) for name in ("proposed", "kept", "blocked", "distinct_values")}
+        self._add(KnobTotalRow, {"campaign_id": self._campaign_id, "knob": knob}, added)
+
+    def _add(
+        self,
+        table: type[Table],
+        key: Mapping[str, Any],
+        added: Mapping[str, int],
+        *,
+        first: Mapping[str, Any] | None = None,
+        now: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add to counters of the row with this key.
+
+        Args:
+            table: whose row.
+            key: its primary key.
+            added: by how much each counter grows.
+            first: what a new row holds besides.
+            now: what a row that was there is set to besides.
+        """
+        insert = _insert_into(self._connection, table).values(**{**(first or {}), **key, **added})
+        sums = {name: getattr(table, name) + value for name, value in added.items()}
+        self._connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_={**sums, **(now or {})}))
 
 
 def trainer_hash(info: TrainerInfo) -> str:

@@ -113,7 +113,7 @@ class GptTrainer:
         problem = self._problem(config, ready)
         if problem is not None:
             return TrialResult(metric=None, failure="unsupported", trace=problem, mode=mode)
-        from overnight.trainer.gpt_device import is_out_of_memory
+        from overnight.trainer.gpt_device import is_device_fault, is_out_of_memory
         from overnight.trainer.gpt_loop import Diverged
 
         failure: FailureClass
@@ -124,6 +124,8 @@ class GptTrainer:
         except Diverged as error:
             failure, trace = "nan", str(error)
         except (RuntimeError, MemoryError) as error:
+            if is_device_fault(error):
+                raise TrainerError(f"the GPU failed, whatever was proposed: {error}") from error
             if not is_out_of_memory(error):
                 raise
             failure, trace = "oom", str(error)[-2000:]

@@ -118,6 +118,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Say whether `error` is the GPU's own: after one, nothing runs in this process any more, whatever it is given."""
+    return isinstance(error, RuntimeError) and not is_out_of_memory(error) and "CUDA error: " in str(error)
+
+
 class CpuMachine(Machine):
     """Trials in float32 with plain PyTorch on a fixed number of threads, whatever `precision` says (fp8 is refused)."""
 

@@ -216,10 +216,12 @@ class WorkerTrainer:
         if now == before:
             return
         self._retire()
-        what = "data" if now.data_hash != before.data_hash else "environment"
+        what, remedy = "data", "start anew with `--fresh`"
+        if now.data_hash == before.data_hash:
+            what, remedy = "environment", "run again, which measures the baseline anew there"
         raise CampaignError(
             f"the {what} of trainer `{self._name}` changed while the campaign ran, so that its trials no longer "
-            "compare; put it back, or start anew with `--fresh`"
+            f"compare; put it back, or {remedy}"
         )
 
     def _value(self, operation: Operation, arguments: Mapping[str, object] = _NOTHING) -> int | str | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from overnight.agent.campaign import Campaign
+from overnight.agent.campaign import Campaign, renamed
+from overnight.agent.cli.options import newest_name
 from overnight.agent.doctor import machine, parts, planning, proposals, trials
 from overnight.agent.doctor.finding import Finding, amiss, note
 from overnight.agent.proposers.protocol import Proposer
@@ -35,17 +36,17 @@ def machine_findings(db: str) -> Iterator[Finding]:
 
 def campaign_findings(campaign: Campaign, db: str, doing: Doing) -> Iterator[Finding]:
     """Look at all that a campaign's night will need; it was allowed what it wants."""
-    yield parts.described(campaign)
-    yield parts.allowed(campaign)
-    with _opened_store(campaign, db) as (store, others):
+    with _opened_store(campaign, db) as (newest, store, others):
+        yield parts.described(newest)
+        yield parts.allowed(newest)
         proposers: dict[str, Proposer] = {}
-        for name, built in parts.proposers(campaign):
+        for name, built in parts.proposers(newest):
             if isinstance(built, Finding):
                 yield built
             else:
                 proposers[name] = built
         try:
-            runtime = open_runtime(campaign, store, proposers=proposers)
+            runtime = open_runtime(newest, store, proposers=proposers)
         except OvernightError as error:
             yield machine.disk(db)
             yield amiss("parts", error)
@@ -62,7 +63,7 @@ def _tried(runtime: Runtime, db: str, others: TrajectoryStore | None, doing: Doi
     needed = planning.disk_needed(campaign, runtime.store.spent(state.id).iterations)
     yield machine.disk(db, needed, "the rest of the campaign")
     doing("preparing the trainer and its data")
-    yield from trials.prepare(runtime)
+    yield from trials.prepare(runtime, state)
     tried: trials.Tried | None = None
     largest: trials.Tried | None = None
     if runtime.info is not None:
@@ -111,14 +112,18 @@ def _trials(runtime: Runtime, doing: Doing) -> Iterator[tuple[Finding, trials.Tr
 
 
 @contextmanager
-def _opened_store(campaign: Campaign, db: str) -> Iterator[tuple[SqlStore, SqlStore | None]]:
-    """Open the store where it knows the campaign, else a temporary one, and beside that the one that is there."""
+def _opened_store(campaign: Campaign, db: str) -> Iterator[tuple[Campaign, SqlStore, SqlStore | None]]:
+    """Open the store where it knows the campaign, else a temporary one, and beside that the one that is there.
+
+    The campaign is given back under the name that `overnight run` would go on with.
+    """
     with ExitStack() as stack:
         there = None
         if not is_missing(db):
             there = stack.enter_context(closing(SqlStore.open(db)))
+            campaign = renamed(campaign, newest_name(there, campaign.name, campaign.path))
             if there.campaign(campaign.name) is not None:
-                yield there, None
+                yield campaign, there, None
                 return
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-doctor-"))
-        yield stack.enter_context(closing(SqlStore.open(Path(folder) / "doctor.db", create=True))), there
+        yield campaign, stack.enter_context(closing(SqlStore.open(Path(folder) / "doctor.db", create=True))), there

@@ -5,6 +5,7 @@ A turn is one trial when its candidate is dropped at once, and `max_trials` when
 
 from __future__ import annotations
 
+from overnight.agent.calibrate import is_calibrated
 from overnight.agent.campaign import Campaign
 from overnight.agent.doctor.finding import Finding, amiss, note, ok
 from overnight.agent.doctor.trials import Tried
@@ -64,7 +65,7 @@ def time(runtime: Runtime, state: CampaignState, tried: Tried, largest: Tried | 
 def _around_s(runtime: Runtime, state: CampaignState, trial_s: float) -> float:
     """Return what calibration and the look at the holdout take."""
     seeds = runtime.campaign.decision.calibration_trials
-    calibration = 0 if state.baseline_config_id is not None else seeds + (seeds > 1)
+    calibration = 0 if is_calibrated(runtime, state) else seeds + (seeds > 1)
     holdout = 2 * HOLDOUT_SEEDS if runtime.info is not None and runtime.info.has_holdout else 0
     return (calibration + holdout) * trial_s
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from overnight.agent.calibrate import remedy_of
+from overnight.agent.calibrate import changed_environment, check_same_trainer, is_calibrated, remedy_of
 from overnight.agent.doctor.finding import Finding, amiss, note, ok
 from overnight.agent.measure import calibration_seeds, last_line
 from overnight.agent.pace import in_words
 from overnight.agent.run import prepared
 from overnight.agent.runtime import Runtime
 from overnight.rails.menu import Menu
-from overnight.store.errors import OvernightError
+from overnight.store.errors import CampaignError, OvernightError
+from overnight.store.protocol import CampaignState
 from overnight.store.records import Config, KnobValue, TrialProgress, TrialRequest, TrialResult
 
 TRIED_STEPS = 2
@@ -33,8 +34,11 @@ class Tried:
     """What a whole trial would take, in seconds."""
 
 
-def prepare(runtime: Runtime) -> Iterator[Finding]:
-    """Prepare the trainer: build its data, find its device; `runtime.info` is None afterwards where that failed."""
+def prepare(runtime: Runtime, state: CampaignState) -> Iterator[Finding]:
+    """Prepare the trainer: build its data, find its device; `runtime.info` is None afterwards where that failed.
+
+    Both are compared with those that the campaign's trials ran with.
+    """
     try:
         runtime.info = prepared(runtime.campaign, runtime.trainer)
     except OvernightError as error:
@@ -44,6 +48,14 @@ def prepare(runtime: Runtime) -> Iterator[Finding]:
     holdout = "a holdout kept aside" if info.has_holdout and info.holdout_data else "no holdout data"
     yield ok("data", f"{info.data or f'hash {info.data_hash[:12]}'}; {holdout}")
     yield ok("device", ", ".join(f"{key} {value}" for key, value in info.environment.items()))
+    try:
+        check_same_trainer(runtime, state)
+    except CampaignError as error:
+        yield amiss("trainer", error)
+        return
+    if state.baseline_config_id is not None and not is_calibrated(runtime, state):
+        changed = ", ".join(changed_environment(runtime, state))
+        yield note("environment", f"changed since the last run: {changed}", "the run measures the baseline anew first")
 
 
 def moves(runtime: Runtime) -> Finding:

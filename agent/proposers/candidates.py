@@ -1,7 +1,7 @@
 """What a scoring proposer chooses from, and how: candidates as text, their probabilities, one draw.
 
-The rails' open moves come with the ask. Beside them stand the neighbours of the current value: for a range, the next
-values on the once refined grid, so that a good value can be approached before the grid as a whole is refined.
+The rails' open moves come with the ask, and so do the neighbours of the current value: for a range, the next values on
+the once refined grid, so that a good value can be approached before the grid as a whole is refined.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overnight.agent.proposers.protocol import Ask, History
+from overnight.agent.proposers.protocol import Ask
 from overnight.rails.gate import MAX_REASON_CHARS
-from overnight.rails.menu import Change, Menu
+from overnight.rails.menu import Change
 from overnight.rails.reply import candidate_text, change_key
-from overnight.store.hashing import digest
-from overnight.store.records import Config
 
-__all__ = ["Scored", "SeenConfigs", "candidate_text", "candidates", "draw", "probabilities", "reason_from"]
+__all__ = ["Scored", "candidate_text", "candidates", "draw", "probabilities", "reason_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,35 +28,12 @@ class Scored:
     probability: float
 
 
-class SeenConfigs:
-    """The configurations that the decision rule is done with, read from the history as it grows."""
-
-    def __init__(self, menu: Menu) -> None:
-        self._seen = {digest(menu.default)}
-        self._last_id = 0
-
-    def update(self, history: History) -> None:
-        """Take in what was decided since the last call."""
-        for observation in history.since(self._last_id):
-            self._seen.add(digest(observation.config))
-            self._last_id = max(self._last_id, observation.attempt_id)
-
-    def __contains__(self, config: Config) -> bool:
-        return digest(config) in self._seen
-
-
-def candidates(ask: Ask, seen: SeenConfigs | None) -> list[Change]:
-    """Return the changes to score: the open moves and, given `seen`, untried legal neighbours of their knobs.
+def candidates(ask: Ask, *, neighbours: bool = True) -> list[Change]:
+    """Return the changes to score: the open moves and, where asked for, the neighbours.
 
     What was blocked earlier in this turn is left out, unless nothing else is there.
     """
-    open_now = list(dict.fromkeys(ask.moves))
-    if seen is not None:
-        seen.update(ask.history)
-        known = set(open_now)
-        beside = ask.menu.neighbours(ask.baseline, dict.fromkeys(move.knob for move in ask.moves))
-        untried = (change for change in beside if ask.menu.apply(ask.baseline, change) not in seen)
-        open_now += [change for change in untried if change not in known]
+    open_now = list(dict.fromkeys((*ask.moves, *(ask.neighbours if neighbours else ()))))
     blocked = {_said(rejection.reply) for rejection in ask.rejections}
     return [change for change in open_now if change_key(change) not in blocked] or open_now
 

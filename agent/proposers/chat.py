@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_REPLY_BYTES = 1 << 20
 MAX_ERROR_CHARS = 300
+MAX_NAME_CHARS = 4096
+"""Of a model's name at the endpoint, which may be the path of a file."""
 LONGEST_WAIT_S = 8.0
 IDLE_S = 1.0
 """How often `idle` is called while an answer is waited for: the campaign's lease must not lapse meanwhile."""
@@ -113,6 +115,10 @@ class ChatEndpoint:
             return text
         return text.replace(self._key, "***").replace(json.dumps(self._key)[1:-1], "***")
 
+    def shown(self, text: str, limit: int = MAX_ERROR_CHARS) -> str:
+        """Return text of the server fit to be shown: without the key, plain, and only then cut to `limit`."""
+        return _plain(self.scrub(text), limit)
+
     def open(self) -> openai.AsyncOpenAI:
         """Return a client of the running loop: no retries of its own, no redirects, no time-outs but the deadline."""
         import httpx2
@@ -133,7 +139,7 @@ class ChatEndpoint:
                 timeout=None,
                 # Proxies from the environment are for hosts outside; a local server is reached directly.
                 trust_env=not is_loopback(self.base_url),
-                event_hooks={"response": [_cap]},
+                event_hooks={"response": [_tame]},
             ),
         )
         client.organization = client.project = None  # from the environment, meant for OpenAI alone
@@ -172,7 +178,7 @@ class _Job(Generic[_T]):
         self._task = asyncio.current_task()
         try:
             async with asyncio.timeout(self._deadline_s), self._endpoint.open() as client:
-                self._session = ChatSession(client, ends)
+                self._session = ChatSession(self._endpoint, client, ends)
                 return await self._work(self._session)
         finally:
             assert isinstance(self._loop, _Loop)
@@ -229,8 +235,9 @@ class _Loop(asyncio.SelectorEventLoop):
 class ChatSession:
     """An open connection to the endpoint, until the deadline."""
 
-    def __init__(self, client: openai.AsyncOpenAI, ends: float) -> None:
+    def __init__(self, endpoint: ChatEndpoint, client: openai.AsyncOpenAI, ends: float) -> None:
         self.last_error = ""
+        self._endpoint = endpoint
         self._client = client
         self._ends = ends
 
@@ -245,11 +252,12 @@ class ChatSession:
             Refused: status 400 or 422.
         """
         raw = await self._send("POST", "/chat/completions", body, probing=probing)
-        return _parse(Completion, raw)
+        return self._parse(Completion, raw)
 
     async def models(self) -> list[ListedModel]:
-        """Return the endpoint's models, adapters included."""
-        return _parse(ModelList, await self._send("GET", "/models", None, probing=False)).data
+        """Return the endpoint's models, adapters included, with names fit to be shown and stored."""
+        listed = self._parse(ModelList, await self._send("GET", "/models", None, probing=False)).data
+        return [model.model_copy(update={"id": self._endpoint.shown(model.id, MAX_NAME_CHARS)}) for model in listed]
 
     async def post(self, path: str, body: Mapping[str, Any]) -> None:
         """Send a request of which only the success counts.
@@ -298,19 +306,65 @@ class ChatSession:
             else:
                 response = await self._client.post(path, body=body, cast_to=httpx2.Response)
         except openai.APIStatusError as error:
-            raise _of_status(error.response) from None
+            raise self._of_status(error.response) from None
         except (openai.OpenAIError, httpx2.HTTPError) as error:
-            raise _of_connection(error) from None
+            raise self._of_connection(error) from None
+        except _Permanent:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a server makes the client stumble over is its own failure
+            raise _Permanent(f"{type(error).__name__}: {self._endpoint.shown(str(error))}") from None
         return response.content
 
+    def _of_status(self, response: httpx2.Response) -> Exception:
+        """Return the error that a status other than success stands for."""
+        status = response.status_code
+        shown = self._endpoint.shown
+        text = f"status {status}: {shown(response.text) or shown(response.reason_phrase)}"
+        if status in (400, 422):
+            return Refused(text)
+        if 300 <= status < 400:
+            target = shown(response.headers.get("location", "nowhere"), 100)
+            return _Permanent(f"status {status}: it redirects to {target}, which is not followed; set `base_url` to it")
+        if status in (401, 403):
+            return _Permanent(f"{text}; check the variable that `api_key_env` names")
+        if status in TRANSIENT_STATUSES:
+            wait = _retry_after(response.headers.get("retry-after"))
+            asked = f" (it asks to wait {wait:.0f} s)" if wait else ""
+            return _Transient(text + asked, retry_after=wait, status=status)
+        return _Permanent(text)
 
-async def _cap(response: httpx2.Response) -> None:
-    """Let no body grow beyond the limit, whatever its status: an endless error page fills memory as well."""
+    def _of_connection(self, error: BaseException) -> Exception:
+        """Return the error for a request that got no status, named after the deepest cause."""
+        shown = self._endpoint.shown
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        for link in chain:
+            if isinstance(link, _Permanent):
+                return link
+            if isinstance(link, ssl.SSLError):
+                return _Permanent(f"TLS failed: {shown(str(link))}; check `https` in `base_url`, and the certificate")
+        deepest = next((link for link in reversed(chain) if str(link)), error)
+        return _Transient(f"{type(deepest).__name__}: {shown(str(deepest))}")
+
+    def _parse(self, model: type[_M], raw: bytes) -> _M:
+        try:
+            return model.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            shown = self._endpoint.shown(raw.decode(errors="replace"))
+            raise _Permanent(f"its reply is not of the OpenAI form ({where}: {first['msg']}): {shown}") from None
+
+
+async def _tame(response: httpx2.Response) -> None:
+    """Let no body grow beyond the limit, whatever its status (an endless error page fills memory as well), and read
+    it as UTF-8: a charset that the server names may be any codec of Python's, and fail."""
     import httpx2
 
-    encoding = response.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise _Permanent(f"it sent a compressed reply ({_plain(encoding, 20)}), though none was asked for")
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _Permanent("it sent a compressed reply, though none was asked for")
+    response.encoding = "utf-8"
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     inner: httpx2.AsyncByteStream = response.stream
 
@@ -329,48 +383,6 @@ async def _cap(response: httpx2.Response) -> None:
     response.stream = Capped()
 
 
-def _of_status(response: httpx2.Response) -> Exception:
-    """Return the error that a status other than success stands for."""
-    status = response.status_code
-    text = f"status {status}: {_plain(response.text) or response.reason_phrase}"
-    if status in (400, 422):
-        return Refused(text)
-    if 300 <= status < 400:
-        target = _plain(response.headers.get("location", "nowhere"), 100)
-        return _Permanent(f"status {status}: it redirects to {target}, which is not followed; set `base_url` to it")
-    if status in (401, 403):
-        return _Permanent(f"{text}; check the variable that `api_key_env` names")
-    if status in TRANSIENT_STATUSES:
-        wait = _retry_after(response.headers.get("retry-after"))
-        asked = f" (it asks to wait {wait:.0f} s)" if wait else ""
-        return _Transient(text + asked, retry_after=wait, status=status)
-    return _Permanent(text)
-
-
-def _of_connection(error: BaseException) -> Exception:
-    """Return the error for a request that got no status, named after the deepest cause."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for link in chain:
-        if isinstance(link, _Permanent):
-            return link
-        if isinstance(link, ssl.SSLError):
-            return _Permanent(f"TLS failed: {_plain(str(link))}; check `https` in `base_url`, and the certificate")
-    deepest = next((link for link in reversed(chain) if str(link)), error)
-    return _Transient(f"{type(deepest).__name__}: {_plain(str(deepest))}")
-
-
-def _parse(model: type[_M], raw: bytes) -> _M:
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        shown = _plain(raw[:600].decode(errors="replace"))
-        raise _Permanent(f"its reply is not of the OpenAI form ({where}: {first['msg']}): {shown}") from None
-
-
 def _retry_after(value: str | None) -> float | None:
     """Return the seconds of a `Retry-After` header (RFC 9110, section 10.2.3: seconds, or a date), if it is one."""
     if value is None:
@@ -379,11 +391,11 @@ def _retry_after(value: str | None) -> float | None:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
-def _plain(text: str, limit: int = MAX_ERROR_CHARS) -> str:
+def _plain(text: str, limit: int) -> str:
     """Return untrusted text on one line, cut, without control characters."""
     line = " ".join("".join(ch if ch.isprintable() else " " for ch in text[: limit * 4]).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

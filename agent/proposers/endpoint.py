@@ -2,6 +2,7 @@
 
 The stored prompt is sent as it is; replies of this turn that the rails blocked follow with the reason. What comes back
 is handed on unchanged: prose stays prose, and the rails judge it. It promises an end within the deadline, no answer.
+Before its first answer it finds out which model and structured output there are, within a deadline of that length too.
 With `adapter` a vLLM answers with an adapter of the campaign, which is loaded into it while it runs.
 """
 
@@ -49,7 +50,26 @@ class _Found:
     """What was found out about an endpoint; shared by a proposer's versions."""
 
     model: str | None
-    mode: StructuredMode | None
+    mode: StructuredMode
+    """The strictest way to ask for JSON that is not ruled out."""
+    settled: bool
+    """Whether it is known to be enforced, or is all that is left."""
+    heard: bool = False
+    """Whether the endpoint has completed any chat."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is nothing left to find out before a question."""
+        return self.model is not None and self.settled
+
+    def rule_out(self) -> None:
+        """Go on to the next weaker mode."""
+        self.mode = MODES[MODES.index(self.mode) + 1]
+
+    def doubt(self) -> None:
+        """Take every mode for possible again if plain chats are refused too: what was refused was not the mode."""
+        if not self.heard and self.mode == MODES[-1]:
+            self.mode, self.settled = MODES[0], False
 
 
 class OpenAIProposer:
@@ -124,7 +144,8 @@ class OpenAIProposer:
         self._settings = settings
         self._breaker = breaker or Breaker(settings.base_url)
         self._endpoint = ChatEndpoint(settings.base_url, _read_key(name, settings.api_key_env), idle=idle)
-        self._found = _Found(settings.model, None if settings.structured == "auto" else settings.structured)
+        chosen = settings.structured
+        self._found = _Found(settings.model, MODES[0] if chosen == "auto" else chosen, settled=chosen != "auto")
         self._in_use = {} if in_use is None else in_use
         self._served: ServedAdapter | None = None
 
@@ -165,16 +186,21 @@ class OpenAIProposer:
         return twin
 
     def prepare(self) -> StructuredMode:
-        """Find out now, not at the first turn, which model there is and which structured output it enforces.
+        """Find out which model there is and which structured output it enforces, once; `propose` does so by itself.
+
+        What a deadline cuts off goes on at the next call: no mode that failed is tried again, unless plain chats are
+        refused too.
 
         Raises:
             ProposerError: no answer within the deadline.
             CampaignError: there are several models, or none, and `model` names none of them.
         """
-        return self._endpoint.call(self._set_up, self._settings.deadline_s)
+        if not self._found.whole:
+            self._endpoint.call(self._set_up, self._settings.deadline_s)
+        return self._found.mode
 
     def propose(self, ask: Ask) -> Answer:
-        """Answer with what the model says.
+        """Answer with what the model says; the first time, `prepare` has a deadline of its own before.
 
         Raises:
             ProposerError: `llm_timeout` at the deadline; `llm_error` for any other failure, or at once while the
@@ -182,10 +208,13 @@ class OpenAIProposer:
             CampaignError: see `prepare`.
         """
         self._breaker.check()
-        ends = time.monotonic() + self._settings.deadline_s
         try:
+            self.prepare()
+            ends = time.monotonic() + self._settings.deadline_s
             answer, replaced = self._endpoint.call(lambda session: self._ask(session, ask), self._settings.deadline_s)
         except ProposerError as error:
+            if error.failure == "llm_error" and self._settings.structured == "auto":
+                self._found.doubt()
             self._breaker.record_failure(str(error))
             raise
         self._breaker.record_success()
@@ -200,11 +229,10 @@ class OpenAIProposer:
 
     async def _ask(self, session: ChatSession, ask: Ask) -> tuple[Answer, Sequence[str]]:
         """Return the answer, and the names of adapters that the server need not hold any more."""
-        mode = await self._set_up(session)
         replaced = [] if self._served is None else await self._load(session, self._served)
         started = time.perf_counter()
         seed = ask.seed % 2**31 if self._settings.seed is None else self._settings.seed
-        completion, mode = await self._complete(session, ask, mode, seed)
+        completion, mode = await self._complete(session, ask, seed)
         base = {} if self._served is None else {"base_model": self._found.model}
         answer = Answer(
             reply=self._endpoint.scrub(completion.text),
@@ -234,16 +262,14 @@ class OpenAIProposer:
         self._in_use[self.name] = served.name
         return served.replaced(listed, self._in_use.values())
 
-    async def _complete(
-        self, session: ChatSession, ask: Ask, mode: StructuredMode, seed: int
-    ) -> tuple[Completion, StructuredMode]:
-        """Ask in `mode`, or in the first weaker one that is not refused; remember what worked."""
+    async def _complete(self, session: ChatSession, ask: Ask, seed: int) -> tuple[Completion, StructuredMode]:
+        """Ask in the mode that was found, or in the first weaker one that is not refused; remember what worked."""
         schema = moves_schema(ask.menu, ask.baseline, ask.moves)
         common = self._request(self._asked_model, chat_messages(ask), self._settings.max_tokens) | {
             "temperature": self._settings.temperature,
             "seed": seed,
         }
-        weaker = MODES[MODES.index(mode) :] if self._settings.structured == "auto" else (mode,)
+        weaker = MODES[MODES.index(self._found.mode) :] if self._settings.structured == "auto" else (self._found.mode,)
         for candidate in weaker:
             try:
                 completion = await session.complete(common | request_fields(candidate, schema))
@@ -251,27 +277,31 @@ class OpenAIProposer:
                 if candidate == weaker[-1]:
                     raise
                 continue
-            self._found.mode = candidate
+            self._found.mode, self._found.heard = candidate, True
             return completion, candidate
         raise AssertionError("the last mode returns or raises")
 
-    async def _set_up(self, session: ChatSession) -> StructuredMode:
-        if self._found.model is None:
-            self._found.model = self._only_model(await session.models())
-        return self._found.mode or await self._probe(session)
+    async def _set_up(self, session: ChatSession) -> None:
+        """Find out what is not known yet; each finding is kept at once, whatever cuts the next one off."""
+        found = self._found
+        if found.model is None:
+            found.model = self._only_model(await session.models())
+        while not found.settled:
+            if found.mode == MODES[-1] or await self._enforces(session, found.mode):
+                found.settled = True
+            else:
+                found.rule_out()
 
-    async def _probe(self, session: ChatSession) -> StructuredMode:
-        """Return the strictest mode that the endpoint enforces; remembered once an answer came through it."""
+    async def _enforces(self, session: ChatSession, mode: StructuredMode) -> bool:
+        """Say whether the endpoint holds its model to a schema in this mode."""
         common = self._request(self._found.model, [{"role": "user", "content": PROBE_PROMPT}], PROBE_TOKENS)
         common["temperature"] = 0.0
-        for mode in MODES[:-1]:
-            try:
-                completion = await session.complete(common | request_fields(mode, PROBE_SCHEMA), probing=True)
-            except Refused:
-                continue
-            if probe_passed(mode, completion.text):
-                return mode
-        return "none"
+        try:
+            completion = await session.complete(common | request_fields(mode, PROBE_SCHEMA), probing=True)
+        except Refused:
+            return False
+        self._found.heard = True
+        return probe_passed(mode, completion.text)
 
     @property
     def _asked_model(self) -> str | None:

@@ -70,6 +70,8 @@ class Ask:
     baseline_metric: float | None
     moves: tuple[Change, ...]
     """The legal one-knob changes that the rails would let through now, in the menu's order; never empty."""
+    neighbours: tuple[Change, ...] = ()
+    """The values next to the present ones of the knobs that may be moved, between the grid's, let through likewise."""
     rejections: tuple[Rejection, ...] = ()
     history: History
     seed: int

@@ -68,7 +68,8 @@ def _values_schema(menu: Menu, baseline: Config, knob: Knob, legal: Sequence[Kno
     low, high = math.ceil(knob.low), math.floor(knob.high)
     if high - low >= MAX_LISTED:
         return {"type": "integer", "minimum": low, "maximum": high}
-    measured = set(knob.grid()) - set(legal)
+    coarse = set(knob.grid())
+    measured = (coarse if coarse.issuperset(legal) else coarse | set(knob.grid(1))) - set(legal)
     open_values = [
         value
         for value in range(low, high + 1)

@@ -17,7 +17,6 @@ from pydantic import Field
 
 from overnight.agent.proposers.candidates import (
     Scored,
-    SeenConfigs,
     candidate_text,
     candidates,
     draw,
@@ -29,13 +28,12 @@ from overnight.agent.proposers.protocol import Answer, Ask, ProposerContext, Pro
 from overnight.distill.adapter import read_record
 from overnight.distill.base import BaseModel, find_base
 from overnight.distill.host import ModelHost
-from overnight.rails.menu import Menu
 from overnight.store.errors import CampaignError
 from overnight.store.hashing import JsonValue
 
 
 class StudentProposer:
-    """Scores `ask.moves`, and the neighbours of the current values, with a local model."""
+    """Scores the open moves, and the neighbours of the current values, with a local model."""
 
     class Settings(ProposerSettings):
         """The keys of a `[proposers.<name>]` table of kind `student`."""
@@ -63,7 +61,6 @@ class StudentProposer:
         settings: Settings,
         host: ModelHost,
         *,
-        menu: Menu,
         adapter: Path | None,
         version: Mapping[str, JsonValue] | None = None,
     ) -> None:
@@ -71,11 +68,9 @@ class StudentProposer:
         self.host = host
         """The process with the base model, which trains its adapters too."""
         self._settings = settings
-        self._menu = menu
         self.adapter = adapter
         """The folder of the adapter that it answers with; None: the base model as it is."""
         self._version = version
-        self._seen = SeenConfigs(menu) if settings.neighbours else None
 
     @classmethod
     def from_settings(cls, name: str, settings: Mapping[str, object], context: ProposerContext) -> Self:
@@ -90,7 +85,7 @@ class StudentProposer:
         except CampaignError as error:
             raise CampaignError(f"`[proposers.{name}]`: {error}") from error
         host = context.hosts.setdefault(_host_key(base, parsed.device), _host(base, parsed.device, context))
-        return cls(name, parsed, host, menu=context.menu, adapter=_adapter(name, parsed.adapter, context))
+        return cls(name, parsed, host, adapter=_adapter(name, parsed.adapter, context))
 
     def with_adapter(self, version: str, folder: Path) -> Self:
         """Return this student as it answers with an adapter that was trained for it, in the same process.
@@ -103,15 +98,7 @@ class StudentProposer:
             CampaignError: there is no whole adapter in `folder`.
         """
         description = {"version": version, "sha256": read_record(folder).sha256}
-        return type(self)(
-            self.name, self._settings, self.host, menu=self._menu, adapter=folder.absolute(), version=description
-        )
-
-    def rewound(self) -> Self:
-        """Return the same student, in the same process, that has seen no history yet."""
-        return type(self)(
-            self.name, self._settings, self.host, menu=self._menu, adapter=self.adapter, version=self._version
-        )
+        return type(self)(self.name, self._settings, self.host, adapter=folder.absolute(), version=description)
 
     def propose(self, ask: Ask) -> Answer:
         """Answer with one change; the first call loads the model.
@@ -134,7 +121,7 @@ class StudentProposer:
         )
 
     def _score(self, ask: Ask) -> Answer:
-        changes = candidates(ask, self._seen)
+        changes = candidates(ask, neighbours=self._settings.neighbours)
         texts = [candidate_text(change) for change in changes]
         found = self.host.score(ask.prompt, texts, deadline_s=self._settings.deadline_s, adapter=self.adapter)
         chances = probabilities(found.log_probs, self._settings.temperature)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from overnight.agent.proposers.protocol import Answer, Ask, Observation, Proposer, Rejection
+from overnight.agent.proposers.protocol import Answer, Ask, Observation, Proposer, Rejection, change_key
 from overnight.rails.constraint import Constraint
 from overnight.rails.menu import Change, Knob, Menu
 from overnight.store.records import Config, Direction
@@ -53,6 +53,7 @@ def example_ask(
     baseline: Config | None = None,
     direction: Direction = "min",
     moves: tuple[Change, ...] | None = None,
+    neighbours: tuple[Change, ...] = (),
     rejections: tuple[Rejection, ...] = (),
 ) -> Ask:
     """Return an ask about `example_menu`, with whatever a test cares about set."""
@@ -66,6 +67,7 @@ def example_ask(
         baseline=baseline,
         baseline_metric=None,
         moves=tuple(menu.moves(baseline)) if moves is None else moves,
+        neighbours=neighbours,
         rejections=rejections,
         history=ListHistory(observations),
         seed=seed,
@@ -171,10 +173,16 @@ class ProposerConformance(ABC):
         veteran.close()
 
     def test_probabilities_are_of_moves_and_sum_to_one(self) -> None:
-        """Propensities are probabilities."""
-        chances = self.answer(example_ask(observations=example_observations(30))).probabilities
+        """Propensities are probabilities of changes that were open, and what was proposed is one of them."""
+        ask = example_ask(observations=example_observations(30))
+        answer = self.answer(ask)
+        chances = answer.probabilities
         if chances:
+            said = json.loads(answer.reply)
             assert abs(sum(chances.values()) - 1.0) < 1e-6
+            assert min(chances.values()) >= 0
+            assert set(chances) <= {change_key(change) for change in (*ask.moves, *ask.neighbours)}
+            assert chances[change_key(Change(said["knob"], said["new_value"]))] > 0
 
     def test_closing_twice_is_fine(self) -> None:
         """A campaign that ends twice ends once."""

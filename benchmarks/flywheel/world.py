@@ -270,7 +270,6 @@ class Campaign:
                     failed=0,
                     trials=pair.trials,
                     mean_gain=pair.gains / pair.trials,
-                    last_failure=None,
                 )
                 for (name, value), pair in self.pairs.items()
                 if name == knob

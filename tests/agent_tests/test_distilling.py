@@ -83,7 +83,7 @@ def _host(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def live(of: Campaign, store: SqlStore, host: ModelHost) -> Recorder:
     seen = Recorder()
     settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
-    student = StudentProposer("student", settings, host, menu=of.menu, adapter=None)
+    student = StudentProposer("student", settings, host, adapter=None)
     run(of, store, proposers={"random": RandomProposer("random"), "student": student}, hooks=[seen])
     return seen
 
@@ -370,7 +370,7 @@ def test_a_training_that_takes_the_holdouts_time_is_ended(
 
     of = learning(tmp_path, tiny_model)
     settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
-    student = StudentProposer("student", settings, host, menu=of.menu, adapter=None)
+    student = StudentProposer("student", settings, host, adapter=None)
     running = runtime(of, store, proposers={"random": RandomProposer("random"), "student": student}, hooks=[Slow()])
     running.clock, running.deadline = lambda: now[0], now[0] + 1_800
     try:

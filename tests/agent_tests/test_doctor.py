@@ -10,19 +10,21 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from overnight.agent.campaign import load_campaign
+from overnight.agent.campaign import load_campaign, renamed
 from overnight.agent.cli import overnight as cli
 from overnight.agent.doctor import machine, trials
 from overnight.agent.doctor.checkup import campaign_findings
 from overnight.agent.doctor.finding import Finding, amiss
 from overnight.agent.doctor.planning import disk_needed
 from overnight.agent.doctor.planning import time as time_finding
+from overnight.agent.run import run_campaign
 from overnight.agent.trust import allow, wants_of
 from overnight.store.records import Config, TrainerInfo, TrialResult
 from overnight.store.sql_store import SqlStore
@@ -172,6 +174,48 @@ def test_a_running_campaign_cannot_be_started_again(tmp_path: Path) -> None:
     assert looked(tmp_path / "mine")["position"].state == "ok"
 
 
+def test_after_a_fresh_start_the_newest_campaign_of_the_file_is_looked_at(tmp_path: Path, store: SqlStore) -> None:
+    folder = write(tmp_path / "mine", budget={"iterations": 2})
+    loaded = load_campaign(folder)
+    run(loaded, store)
+    fresh = runtime(renamed(loaded, "c-2"), store)
+    fresh.iterations = 1
+    run_campaign(fresh)
+    fresh.close()
+    found = looked(folder, tmp_path / "store.db")
+    assert (found["position"].state, found["position"].found) == ("ok", "1 of 2 turns are over")
+    assert found["campaign"].found.startswith("c-2: ")
+
+
+def begun_with(folder: Path, store: SqlStore, **differs: Any) -> dict[str, Finding]:
+    """Look at a campaign that has a turn to go, and ran so far with a trainer of which something differed."""
+
+    class Before(ScriptedTrainer):
+        def prepare(self) -> TrainerInfo:
+            return replace(super().prepare(), **differs)
+
+    loaded = load_campaign(write(folder / "mine", budget={"iterations": 1}))
+    run(loaded, store, trainer=Before(ScriptedSettings.model_validate(loaded.file.trainer), metric="loss"))
+    return looked(write(folder / "mine", budget={"iterations": 2}), folder / "store.db")
+
+
+def test_data_that_changed_since_the_campaign_began_is_amiss(tmp_path: Path, store: SqlStore) -> None:
+    finding = begun_with(tmp_path, store, data_hash="another")["trainer"]
+    assert (finding.state, "data or settings changed since it began" in finding.found) == ("NO", True)
+    assert finding.remedy.startswith("put them back, or start a new campaign")
+
+
+def test_a_changed_environment_is_noted_with_what_it_costs(tmp_path: Path, store: SqlStore) -> None:
+    found = begun_with(tmp_path, store, environment={"device": "another"})
+    assert (found["environment"].state, found["environment"].found) == ("note", "changed since the last run: device")
+    assert found["environment"].remedy == "the run measures the baseline anew first"
+    assert "trainer" not in found
+
+
+def test_a_trainer_that_is_the_same_is_not_spoken_of(tmp_path: Path, store: SqlStore) -> None:
+    assert {"trainer", "environment"}.isdisjoint(begun_with(tmp_path, store))
+
+
 def test_a_store_of_another_version_and_a_changed_file_are_told(tmp_path: Path) -> None:
     write(tmp_path / "mine", budget={"iterations": 1})
     overnight("run", "mine", cwd=tmp_path)
@@ -252,6 +296,12 @@ def test_turns_before_until_are_counted_after_calibration_and_holdout(tmp_path: 
     short = planned(tmp_path, store, whole_s=10.0, left_s=1e6, gpu_hours=0.25)
     assert "gpu_hours: 15 min have room for 14 to 61" in short.found
     assert "turns take" in planned(tmp_path, store, whole_s=10.0, left_s=None).found
+
+
+def test_a_calibration_in_a_new_environment_is_planned_with(tmp_path: Path, store: SqlStore) -> None:
+    run(campaign(tmp_path, budget={"iterations": 1}), store)
+    finding = planned(tmp_path, store, whole_s=10.0, left_s=1000.0)  # its environment has no `device`
+    assert "room for 16 to 70 of 99 turns" in finding.found
 
 
 def test_the_disk_for_the_whole_campaign_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,19 @@ def test_both_are_measured_with_the_baseline_on_one_seed_of_the_duels_own(tmp_pa
         assert {purpose for own, purpose, _ in trials if own == seed} == {"duel"}
 
 
+def test_a_duel_is_banked_by_the_noise_that_was_known_before_it(tmp_path: Path, store: SqlStore) -> None:
+    known = []
+    for name, share in (("audited", 1.0), ("plain", 0.0)):
+        of = contested(
+            tmp_path, campaign={"name": name, "baseline": "fixed"}, decision={"audit": share}, budget={"iterations": 2}
+        )
+        run(of, store, proposers=sides(toward(of, 0.9), toward(of, 0.1)))
+        known += rows(
+            store, f"SELECT gain_se FROM duels JOIN campaigns AS c ON c.id = campaign_id WHERE name = '{name}'"
+        )
+    assert known[0] == known[1]
+
+
 def test_no_campaign_seed_meets_a_duels_seed() -> None:
     campaigns = [decision_seeds(seed) for seed in (0, 7, 999_999, 1_000_000, 2**31 - 1)]
     taken = {seed for of in campaigns for seed in (*of[:504], of[-1])}

@@ -1,5 +1,6 @@
 """The contract with a well-behaved endpoint: what is sent, what is handed on, what is recorded."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from overnight.agent.proposers.chat import MAX_ERROR_CHARS
 from overnight.agent.proposers.endpoint import OpenAIProposer
 from overnight.agent.proposers.protocol import Answer, ProposerContext, Rejection, reply_text
+from overnight.agent.proposers.structured import PROBE_PROMPT
 from overnight.agent.proposers.testing import ProposerConformance, example_ask, example_menu
 from overnight.store.errors import CampaignError, ProposerError
 
+from .adapters import make_adapter
 from .servers import LoopbackServer, Wire
 
 KEY = "sk-very-secret-0123456789"
@@ -242,6 +246,67 @@ def test_a_request_refused_in_every_mode_changes_no_mode():
         assert proposer.propose(example_ask()).settings["structured"] == "json_schema"
 
 
+def test_a_probe_that_the_deadline_cuts_off_goes_on_where_it_was():
+    log: list[str] = []
+
+    async def hangs_once(wire: Wire) -> None:
+        if "nvext" in wire.body and log.count("nvext") == 0:
+            log.append("nvext")
+            await wire.until_closed()
+        else:
+            await enforcing("nvext", log=log)(wire)
+
+    with LoopbackServer(hangs_once) as server:
+        proposer = proposer_for(server.url, structured="auto", deadline_s=1.0)
+        with pytest.raises(ProposerError) as caught:
+            proposer.propose(example_ask())
+        assert caught.value.failure == "llm_timeout"
+        assert proposer.propose(example_ask()).settings["structured"] == "nvext"
+    assert log == ["json_schema", "nvext", "nvext", "nvext"]
+
+
+def test_a_mode_that_was_ignored_is_not_tried_again_when_the_answer_fails():
+    modes: list[str] = []
+
+    async def ignores_and_fails(wire: Wire) -> None:
+        probing = PROBE_PROMPT in json.dumps(wire.body)
+        modes.append("probe" if probing else "answer")
+        await (wire.say("hello") if probing else wire.answer(401, {"error": "no"}))
+
+    with LoopbackServer(ignores_and_fails) as server:
+        proposer = proposer_for(server.url, structured="auto")
+        for _ in range(2):
+            with pytest.raises(ProposerError, match="status 401"):
+                proposer.propose(example_ask())
+    assert modes == ["probe", "probe", "probe", "answer", "answer"]
+
+
+def test_the_probe_takes_nothing_of_the_answers_deadline():
+    async def takes_most_of_a_deadline(wire: Wire) -> None:
+        await asyncio.sleep(1.0)
+        await wire.say('{"ready": true}')
+
+    with LoopbackServer(takes_most_of_a_deadline) as server:
+        answer = proposer_for(server.url, structured="auto", deadline_s=1.8).propose(example_ask())
+    assert answer.settings["structured"] == "json_schema"
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_an_endpoint_that_refused_everything_is_probed_again(status: int):
+    """It was not the modes that it refused: a server that is still loading must not cost the schema for the night."""
+    loading = True
+
+    async def loads(wire: Wire) -> None:
+        await (wire.answer(status, {"error": "loading"}) if loading else wire.say('{"ready": true}'))
+
+    with LoopbackServer(loads) as server:
+        proposer = proposer_for(server.url, structured="auto", deadline_s=1.0)
+        with pytest.raises(ProposerError, match=f"status {status}"):
+            proposer.propose(example_ask())
+        loading = False
+        assert proposer.propose(example_ask()).settings["structured"] == "json_schema"
+
+
 def test_a_mode_that_was_asked_for_by_name_is_kept():
     with LoopbackServer(refuses_the_menu([])) as server, pytest.raises(ProposerError, match="status 422"):
         proposer_for(server.url, structured="json_schema").propose(example_ask())
@@ -306,6 +371,75 @@ def test_a_key_that_the_model_says_does_not_reach_the_reply():
     with LoopbackServer(says_the_key) as server:
         reply = proposer_for(server.url, api_key_env="TEST_NIM_KEY").propose(example_ask()).reply
     assert reply == "Your key is Bearer ***"
+
+
+def shows_part_of_the_key(text: str) -> bool:
+    return any(KEY[start : start + 8] in text for start in range(len(KEY) - 7))
+
+
+@pytest.mark.usefixtures("_key")
+@pytest.mark.parametrize("kept", range(8, len(KEY), 4))
+@pytest.mark.parametrize(
+    ("status", "limit"),
+    [(200, MAX_ERROR_CHARS), (401, MAX_ERROR_CHARS), (302, 100)],
+    ids=["reply", "error", "redirect"],
+)
+def test_a_key_at_the_cut_of_what_the_server_says_is_not_shown_in_part(status: int, limit: int, kept: int):
+    async def fills_up_to_the_key(wire: Wire) -> None:
+        said = "x" * (limit - 1 - kept) + KEY + "y" * 100
+        await wire.answer(status, said.encode(), {"Location": said})
+
+    with LoopbackServer(fills_up_to_the_key) as server, pytest.raises(ProposerError) as caught:
+        proposer_for(server.url, api_key_env="TEST_NIM_KEY").propose(example_ask())
+    assert not shows_part_of_the_key(str(caught.value))
+
+
+def serving(*ids: str) -> Any:
+    """Return an endpoint that lists models of these names."""
+
+    async def lists(wire: Wire) -> None:
+        if wire.path.endswith("/models"):
+            await wire.answer(200, {"data": [{"id": name} for name in ids]})
+        else:
+            await wire.say("hello")
+
+    return lists
+
+
+@pytest.mark.usefixtures("_key")
+@pytest.mark.parametrize("odd", [KEY, "x" * 70 + KEY, "a\x1b[31mb", "a\nb"], ids=["key", "cut", "colour", "line"])
+def test_a_list_of_models_shows_neither_the_key_nor_control_characters(odd: str):
+    with (
+        LoopbackServer(serving(odd, "other")) as server,
+        pytest.raises(CampaignError, match="lists 2 models") as caught,
+    ):
+        proposer_for(server.url, api_key_env="TEST_NIM_KEY", model=None).propose(example_ask())
+    assert not shows_part_of_the_key(str(caught.value))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("_key")
+def test_a_base_model_that_is_not_there_shows_neither_the_key_nor_control_characters(tmp_path: Path):
+    with LoopbackServer(serving("x" * 70 + KEY, "a\x1b[31mb")) as server:
+        proposer = proposer_for(server.url, api_key_env="TEST_NIM_KEY", adapter="v3")
+        with pytest.raises(CampaignError, match="lists no model `m`") as caught:
+            proposer.with_adapter("v3", make_adapter(tmp_path, "night", 3)).propose(example_ask())
+    assert not shows_part_of_the_key(str(caught.value))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("_key")
+@pytest.mark.parametrize(("listed", "recorded"), [(f"m-{KEY}", "m-***"), ("m\x1b[31m", "m [31m")])
+def test_the_name_of_the_only_model_is_recorded_without_key_and_control_characters(listed: str, recorded: str):
+    with LoopbackServer(serving(listed)) as server:
+        answer = proposer_for(server.url, api_key_env="TEST_NIM_KEY", model=None).propose(example_ask())
+    assert answer.settings["model"] == recorded
+
+
+def test_a_name_as_long_as_a_path_is_kept():
+    name = "/models/" + "a" * 2000
+    with LoopbackServer(serving(name)) as server:
+        assert proposer_for(server.url, model=None).propose(example_ask()).settings["model"] == name
 
 
 @pytest.mark.usefixtures("_key")

@@ -145,6 +145,45 @@ def test_a_fault_ends_in_time_with_its_class_and_lets_go(handler: Handler, failu
         assert endpoint_threads() == []
 
 
+@pytest.mark.parametrize(
+    ("status", "header"),
+    [
+        (429, {"Retry-After": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}),
+        (429, {"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}),
+        (429, {"Retry-After": "Mon, 01 Jan 0001 00:00:00 -0000"}),
+        (429, {"Retry-After": "9" * 400}),
+        (500, {"Content-Type": "text/html; charset=undefined"}),
+        (400, {"Content-Type": "text/html; charset=zlib"}),
+        (400, {"Content-Type": "text/html; charset=rot13"}),
+        (302, {"Location": "http://[::bad/"}),
+    ],
+)
+def test_a_header_that_makes_no_sense_changes_nothing_about_its_status(status: int, header: dict[str, str]):
+    async def misleads(wire: Wire) -> None:
+        await wire.answer(status, b"out of cheese", header)
+
+    with LoopbackServer(misleads) as server, ends_in_time(), pytest.raises(ProposerError) as caught:
+        proposer_for(server.url).propose(example_ask())
+    assert caught.value.failure == "llm_error"
+    assert f"status {status}: " in str(caught.value)
+
+
+def test_an_error_page_is_read_as_utf_8_whatever_is_said_of_it():
+    async def says_it_in_german(wire: Wire) -> None:
+        await wire.answer(400, "Käse ist aus".encode() + b"\xff", {"Content-Type": "text/plain; charset=utf-16"})
+
+    with LoopbackServer(says_it_in_german) as server, pytest.raises(ProposerError, match="status 400: Käse ist aus"):
+        proposer_for(server.url).propose(example_ask())
+
+
+def test_what_the_client_library_stumbles_over_is_a_failure_of_the_endpoint(monkeypatch: pytest.MonkeyPatch):
+    """A key that no header can carry is one such thing."""
+    monkeypatch.setenv("TEST_NIM_KEY", "sk-schlüssel-0123456789")
+    with LoopbackServer(never_answers) as server, pytest.raises(ProposerError, match="UnicodeEncodeError") as caught:
+        proposer_for(server.url, api_key_env="TEST_NIM_KEY").propose(example_ask())
+    assert caught.value.failure == "llm_error"
+
+
 def test_headers_without_end_are_refused_or_run_into_the_deadline():
     """Which comes first depends on how busy the machine is."""
     with LoopbackServer(sends_endless_headers) as server:

@@ -299,6 +299,56 @@ def test_a_harness_that_loses_every_candidate_costs_three_turns(tmp_path: Path, 
     assert wall_s == pytest.approx(4 * HOUR, abs=1200)
 
 
+def test_a_campaign_that_waits_for_its_harness_ends_when_its_time_is_over(tmp_path: Path, store: SqlStore) -> None:
+    clock = FakeClock()
+
+    class Broken(TimedTrainer):
+        def run(self, request: Any, report: Any) -> Any:
+            result = super().run(request, report)
+            broken = clock.now > START + 1200
+            return replace(result, metric=None, failure="harness", trace="lost") if broken else result
+
+    with running_on(clock):
+        running = timed(tmp_path, clock, store, trainer=Broken, sections={"budget": {"iterations": 500}})
+        running.deadline = START + 2 * HOUR
+        result = run_campaign(running)
+        running.close()
+    assert (result.stop_reason, result.finished) == ("until", True)
+    assert clock.now <= START + 2 * HOUR + 120
+
+
+def test_a_run_that_waits_for_its_harness_pauses_at_the_time_asked_for(tmp_path: Path, store: SqlStore) -> None:
+    clock = FakeClock()
+
+    class Broken(TimedTrainer):
+        def run(self, request: Any, report: Any) -> Any:
+            result = super().run(request, report)
+            broken = clock.now > START + 1200
+            return replace(result, metric=None, failure="harness", trace="lost") if broken else result
+
+    with running_on(clock):
+        running = timed(tmp_path, clock, store, trainer=Broken, sections={"budget": {"iterations": 500}})
+        running.until = START + 2 * HOUR
+        result = run_campaign(running)
+        running.close()
+    assert not result.finished
+    assert clock.now <= START + 2 * HOUR + 120
+
+
+def test_memory_that_somebody_else_takes_is_waited_for(tmp_path: Path, store: SqlStore) -> None:
+    clock = FakeClock()
+    taken = START + 600, START + 3 * HOUR
+    with running_on(clock):
+        needs = {"trainer": {"memory_gib": {f"b={b}": 1.0 for b in (1, 2, 3, 4, 9)}}}
+        running = timed(tmp_path, clock, store, sections={"budget": {"iterations": 12}, **needs})
+        running.free_memory = lambda: 0 if taken[0] < clock.now < taken[1] else 2**34
+        result = run_campaign(running)
+        running.close()
+    assert result.stop_reason == "iterations"
+    assert [row for row in recorded(store) if row[1] == "memory"] == [("fault", "memory"), ("fault_over", "memory")]
+    assert rows(store, "SELECT refinement FROM campaigns") == [(0,)]
+
+
 def test_what_the_harness_lost_can_be_measured_when_it_is_proposed_again(tmp_path: Path, store: SqlStore) -> None:
     class LosesTwo(TimedTrainer):
         lost = 0

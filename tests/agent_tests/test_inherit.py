@@ -68,7 +68,7 @@ class Stage:
 
     def cast(self, of: Campaign) -> dict[str, Any]:
         settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
-        student = StudentProposer("student", settings, self.host, menu=of.menu, adapter=None)
+        student = StudentProposer("student", settings, self.host, adapter=None)
         return {"random": RandomProposer("random"), "student": student}
 
     def play(self, of: Campaign) -> Recorder:

@@ -221,7 +221,7 @@ def distilled(store: SqlStore, folder: Path, *, cut: int | None, iteration: int,
 def student(of: Any, tiny_model: Path, cache: Path) -> StudentProposer:
     host = ModelHost(find_base(tiny_model.name, tiny_model.parent), cache, device="cpu")
     settings = StudentProposer.Settings.parse("two", {"base_model": "tiny"})
-    return StudentProposer("two", settings, host, menu=of.menu, adapter=None)
+    return StudentProposer("two", settings, host, adapter=None)
 
 
 @pytest.mark.parametrize("leaked", ["attempt", "prompt"])

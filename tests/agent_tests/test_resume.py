@@ -181,7 +181,7 @@ def test_killed_around_a_distillation_it_learns_the_same(tmp_path: Path, tiny_mo
 
     def parts() -> dict[str, Proposer]:
         settings = StudentProposer.Settings.parse("student", {"base_model": "tiny"})
-        student = StudentProposer("student", settings, host, menu=of.menu, adapter=None)
+        student = StudentProposer("student", settings, host, adapter=None)
         return {"random": RandomProposer("random"), "student": student}
 
     (tmp_path / "calm").mkdir()

@@ -11,7 +11,8 @@ import pytest
 
 from overnight.agent import events
 from overnight.agent.measure import stored_trials
-from overnight.agent.proposers.protocol import Ask
+from overnight.agent.proposers.protocol import Ask, reply_text
+from overnight.agent.proposers.scripted import ScriptedProposer
 from overnight.agent.run import run_campaign
 from overnight.agent.seeds import audit_seeds
 from overnight.agent.signals import PauseSwitch
@@ -233,6 +234,45 @@ def test_an_exhausted_menu_is_refined_once_and_then_ends_the_campaign(tmp_path: 
     assert len(turns(store)) == 8 + 4  # nine points of `a` and five of `b`, less the defaults
 
 
+def test_a_person_may_ask_for_what_no_grid_has_once_the_grid_is_exhausted(tmp_path: Path, store: SqlStore) -> None:
+    class AsksAtTheEnd(Recorder):
+        def on_event(self, event: events.Event) -> None:
+            super().on_event(event)
+            if len(self.of(events.Decided)) == 12 and isinstance(event, events.Decided):
+                store.request(running.state().id, "enqueued", {"knob": "a", "new_value": 0.333, "reason": "me"})
+
+    of = campaign(tmp_path, budget={"iterations": 500}, campaign={"baseline": "fixed"})
+    running = runtime(of, store, proposers=proposing(first_move), hooks=[AsksAtTheEnd()])
+    run_campaign(running)
+    running.close()
+    (asked,) = turns(store)[12:]
+    assert (asked.role, asked.outcome in ("kept", "reverted")) == ("request", True)
+
+
+@pytest.mark.parametrize("reply", ['"\\ud800"', '"\\u0000"'])
+def test_a_value_that_no_store_can_hold_is_blocked_and_the_campaign_goes_on(
+    tmp_path: Path, store: SqlStore, reply: str
+) -> None:
+    replies = [f'{{"knob": "a", "new_value": {reply}, "reason": "x"}}', reply_text("b", 3, "why")]
+    hostile = ScriptedProposer("random", replies)
+    run(campaign(tmp_path, budget={"iterations": 1}), store, proposers={"random": hostile})
+    state = store.campaign("c")
+    assert state is not None
+    assert [attempt.rail for attempt in store.attempts_of_turn(state.id, 1)] == ["R1_schema", None]
+
+
+def test_no_turn_of_an_unseeded_trainer_is_audited(
+    tmp_path: Path, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overnight.agent.calibrate.classify", lambda _pairs, _metrics: "unseeded")  # chance may miss it
+    unseeded = {"seed_sd": 0.0, "noise_sd": 0.02, "unseeded": True}
+    run(campaign(tmp_path, trainer=unseeded, decision={"audit": 1.0}, budget={"iterations": 2}), store)
+    state = store.campaign("c")
+    assert state is not None
+    assert state.trainer_kind == "unseeded"
+    assert not any(trial.purpose == "audit" for a in turns(store) for trial in store.trials_of_attempt(a.id))
+
+
 def test_a_campaign_with_the_same_seed_repeats_itself(tmp_path: Path, store: SqlStore) -> None:
     other = SqlStore.open(tmp_path / "other.db", create=True)
     for memory in (store, other):
@@ -356,6 +396,8 @@ def test_a_request_is_proposed_next_under_the_same_rails(tmp_path: Path, store: 
     run_campaign(running)
     (attempt,) = turns(store)
     assert (attempt.role, attempt.new_value, attempt.reason) == ("request", "3", "me")
+    with store.engine.connect() as connection:
+        assert not list(connection.exec_driver_sql("SELECT * FROM proposer_stats")), "it is nobody's own proposal"
 
 
 def test_a_request_that_is_blocked_leaves_the_turn_to_the_champion(tmp_path: Path, store: SqlStore) -> None:

@@ -14,7 +14,6 @@ import pytest
 from overnight.agent.campaign import load_campaign
 from overnight.agent.proposers.candidates import (
     Scored,
-    SeenConfigs,
     candidate_text,
     candidates,
     draw,
@@ -24,8 +23,6 @@ from overnight.agent.proposers.candidates import (
 from overnight.agent.proposers.protocol import ProposerContext, Rejection, change_key, reply_text
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.proposers.testing import (
-    ListHistory,
-    Observation,
     ProposerConformance,
     example_ask,
     example_menu,
@@ -53,9 +50,9 @@ def _host(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ModelHost.close(host)
 
 
-def student(host: ModelHost, menu: Menu | None = None, **settings: object) -> StudentProposer:
+def student(host: ModelHost, **settings: object) -> StudentProposer:
     parsed = StudentProposer.Settings.parse("student", {"base_model": "tiny", **settings})
-    return StudentProposer("student", parsed, host, menu=menu or example_menu(), adapter=None)
+    return StudentProposer("student", parsed, host, adapter=None)
 
 
 def context(folder: Path) -> ProposerContext:
@@ -79,10 +76,10 @@ class TestStudentThatWritesConforms(TestStudentConforms):
 
 
 def test_every_candidate_has_its_probability_recorded(host):
-    ask = example_ask()
+    menu = example_ask().menu
+    ask = example_ask(neighbours=tuple(menu.neighbours(menu.default, menu.by_name)))
     answer = student(host).propose(ask)
-    beside = ask.menu.neighbours(ask.baseline, ask.menu.by_name)
-    assert set(answer.probabilities) == {change_key(change) for change in (*ask.moves, *beside)}
+    assert set(answer.probabilities) == {change_key(change) for change in (*ask.moves, *ask.neighbours)}
 
 
 def test_the_recorded_probabilities_sum_to_one(host):
@@ -166,10 +163,11 @@ def random_config(menu: Menu, rng: random.Random) -> Config:
 
 def check_legal(host: ModelHost, count: int) -> None:
     menu, rng = load_campaign("gpt354m").menu, random.Random(0)
-    proposer = student(host, menu)
+    proposer = student(host)
     for number in range(count):
         config = random_config(menu, rng)
-        ask = example_ask(seed=number, baseline=config, moves=tuple(menu.moves(config)))
+        near = tuple(menu.neighbours(config, menu.by_name))
+        ask = example_ask(seed=number, baseline=config, moves=tuple(menu.moves(config)), neighbours=near)
         ask = type(ask)(**{name: getattr(ask, name) for name in ask.__slots__} | {"menu": menu, "prompt": f"{number}?"})
         verdict = check_reply(proposer.propose(ask).reply, menu=menu, baseline=config, rails=[])
         assert verdict.passed, (config, verdict)
@@ -206,45 +204,15 @@ def test_neighbours_stand_on_either_side_of_the_current_value():
     assert found == [3, 6]
 
 
-def test_a_neighbour_that_was_measured_is_not_scored_again():
-    ask = example_ask()
-    tried = Observation(1, ask.menu.apply(ask.baseline, Change("warmup", 3)), 2.0, None)
-    ask = example_ask(observations=[tried], moves=ask.moves)
-    assert Change("warmup", 3) not in candidates(ask, SeenConfigs(ask.menu))
-
-
-def test_the_first_baseline_is_not_scored_again():
-    menu = example_menu()
-    moved = menu.apply(menu.default, Change("warmup", 6))
-    assert Change("warmup", 5) not in candidates(
-        example_ask(baseline=moved, moves=(Change("warmup", 50),)), SeenConfigs(menu)
-    )
-
-
-def test_neighbours_are_of_the_knobs_that_may_be_moved_now():
-    ask = example_ask(moves=(Change("warmup", 50),))
-    assert {change.knob for change in candidates(ask, SeenConfigs(ask.menu))} == {"warmup"}
+def test_neighbours_are_scored_beside_the_moves_where_wanted():
+    ask = example_ask(moves=(Change("warmup", 50),), neighbours=(Change("warmup", 3), Change("warmup", 6)))
+    assert [change.value for change in candidates(ask)] == [50, 3, 6]
+    assert [change.value for change in candidates(ask, neighbours=False)] == [50]
 
 
 def test_what_was_blocked_in_this_turn_is_not_proposed_again():
-    ask = example_ask()
     blocked = Rejection(reply_text("n_head", 2, "why"), "R7_capability", "too large")
-    assert Change("n_head", 2) not in candidates(example_ask(rejections=(blocked,)), SeenConfigs(ask.menu))
-
-
-def test_history_is_read_from_where_it_was_left():
-    menu = example_menu()
-    asked: list[int] = []
-
-    class Counted(ListHistory):
-        def since(self, attempt_id: int) -> Iterator[Observation]:
-            asked.append(attempt_id)
-            return super().since(attempt_id)
-
-    seen = SeenConfigs(menu)
-    for _ in range(2):
-        seen.update(Counted([Observation(7, menu.default, 1.0, None)]))
-    assert asked == [0, 7]
+    assert Change("n_head", 2) not in candidates(example_ask(rejections=(blocked,)))
 
 
 def test_draws_follow_the_probabilities():

@@ -290,7 +290,7 @@ def test_totals_of_all_lessons_are_those_that_the_store_keeps(shared_store: SqlS
                 same.kept, same.reverted, same.failed, same.trials
             )  # fmt: skip
             assert pair.mean_gain == pytest.approx(same.mean_gain)
-            assert pair.last_failure == same.last_failure
+            assert pair.failures == same.failures
     assert kept == {}
 
 

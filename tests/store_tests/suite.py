@@ -7,6 +7,7 @@ from sqlalchemy import text, update
 
 from overnight.store.errors import LeaseHeldError, LeaseLostError
 from overnight.store.hashing import digest
+from overnight.store.prompt import information
 from overnight.store.protocol import (
     CampaignState,
     Lease,
@@ -16,8 +17,8 @@ from overnight.store.protocol import (
     NewTrial,
     NewVerdict,
 )
-from overnight.store.records import Outcome, Purpose, TrainerInfo, TrialResult
-from overnight.store.sql_store import SqlStore
+from overnight.store.records import FailureClass, KnobValue, Outcome, Purpose, TrainerInfo, TrialResult
+from overnight.store.sql_store import VALUES_PER_KNOB, SqlStore
 from overnight.store.tables import CampaignRow, utc_now
 
 SPEC = {
@@ -68,7 +69,7 @@ class Campaigner:
                 )
             )
 
-    def check(self, attempt_id: int, lr: float, rail: str | None = None) -> None:
+    def check(self, attempt_id: int, lr: KnobValue, rail: str | None = None) -> None:
         with self.store.writing(self.lease) as writer:
             writer.verdict(
                 NewVerdict(
@@ -78,8 +79,8 @@ class Campaigner:
                     knob="lr",
                     new_value=lr,
                     reason="because",
-                    config={**BASE, "lr": lr},
-                    diff={"lr": (0.1, lr)},
+                    config=None if rail == "R3_range" else {**BASE, "lr": lr},
+                    diff=None if rail == "R3_range" else {"lr": (0.1, lr)},
                 )
             )
 
@@ -108,7 +109,9 @@ class Campaigner:
                 )
             )
 
-    def finish(self, attempt_id: int, outcome: Outcome, gain: float | None, trials: int = 1) -> None:
+    def finish(
+        self, attempt_id: int, outcome: Outcome, gain: float | None, trials: int = 1, failure: FailureClass = "nan"
+    ) -> None:
         with self.store.writing(self.lease) as writer:
             writer.trained(attempt_id)
             writer.measurement(
@@ -121,7 +124,7 @@ class Campaigner:
                     gain_se=None,
                     gain_lower=None,
                     trials=trials,
-                    failure="nan" if outcome == "failed" else None,
+                    failure=failure if outcome == "failed" else None,
                     trace="",
                     notes="",
                     wall_s=2.0,
@@ -139,11 +142,13 @@ class Campaigner:
                 )
             )
 
-    def turn(self, iteration: int, lr: float, outcome: Outcome, gain: float | None) -> int:
+    def turn(
+        self, iteration: int, lr: float, outcome: Outcome, gain: float | None, failure: FailureClass = "nan"
+    ) -> int:
         attempt_id = self.propose(iteration)
         self.check(attempt_id, lr)
         self.trial(attempt_id, lr, 1, None if gain is None else 1 - gain)
-        self.finish(attempt_id, outcome, gain)
+        self.finish(attempt_id, outcome, gain, failure=failure)
         return attempt_id
 
 
@@ -253,7 +258,54 @@ class StoreConformance:
         assert (total.knob, total.new_value, total.proposed, total.kept, total.reverted, total.failed) == (
             "lr", "0.2", 3, 1, 1, 1,
         )  # fmt: skip
-        assert (total.trials, total.mean_gain, total.last_failure) == (2, pytest.approx(-0.1), "nan")
+        assert (total.trials, total.mean_gain, total.failures) == (2, pytest.approx(-0.1), {"nan": 1})
+
+    def test_failures_are_counted_by_class(self, campaign: Campaigner, store: SqlStore) -> None:
+        failed: list[tuple[float, FailureClass]] = [(0.2, "oom"), (0.2, "nan"), (0.2, "oom"), (0.3, "nan")]
+        for turn, (lr, failure) in enumerate(failed, 1):
+            campaign.turn(turn, lr, "failed", None, failure=failure)
+        (knob,) = store.knob_totals(campaign.state.id)
+        assert knob.failures == {"oom": 2, "nan": 2}
+        assert {total.new_value: total.failures for total in knob.values} == {
+            "0.2": {"oom": 2, "nan": 1}, "0.3": {"nan": 1},
+        }  # fmt: skip
+
+    def test_a_blocked_proposal_is_counted_apart(self, campaign: Campaigner, store: SqlStore) -> None:
+        campaign.check(campaign.propose(1), 0.3, rail="R7_capability")
+        campaign.turn(2, 0.2, "reverted", -0.1)
+        (knob,) = store.knob_totals(campaign.state.id)
+        assert (knob.proposed, knob.blocked, knob.tried, knob.distinct_values) == (2, 1, 1, 2)
+
+    def test_a_value_off_the_menu_has_no_totals(self, campaign: Campaigner, store: SqlStore) -> None:
+        campaign.check(campaign.propose(1), 5.0, rail="R3_range")
+        (knob,) = store.knob_totals(campaign.state.id)
+        assert (knob.proposed, knob.blocked, knob.distinct_values, knob.values) == (1, 1, 0, [])
+
+    def test_a_value_that_no_engine_holds_is_made_storable(self, campaign: Campaigner, store: SqlStore) -> None:
+        attempt_id = campaign.propose(1)
+        campaign.check(attempt_id, "a\0b\ud800", rail="R3_range")
+        assert store.attempt(attempt_id).new_value == "a\ufffdb?"
+
+    def test_the_most_informative_values_come_in_one_order(self, campaign: Campaigner, store: SqlStore) -> None:
+        turns: list[tuple[float, Outcome, float | None]] = [
+            (0.5, "reverted", 0.02), (0.3, "kept", 0.01), (0.2, "failed", None), (0.6, "reverted", -0.3),
+            (0.4, "reverted", 0.02), (0.7, "reverted", 0.001), (0.7, "reverted", 0.001),
+        ]  # fmt: skip
+        for turn, told in enumerate(turns, 1):
+            campaign.turn(turn, *told)
+        (knob,) = store.knob_totals(campaign.state.id)
+        assert [total.new_value for total in knob.values] == ["0.3", "0.7", "0.2", "0.6", "0.4", "0.5"]
+        assert list(knob.values) == sorted(knob.values, key=information)
+
+    def test_what_is_left_out_of_many_values_is_the_least_informative(
+        self, campaign: Campaigner, store: SqlStore
+    ) -> None:
+        campaign.turn(1, 0.9, "failed", None)
+        for turn in range(2, VALUES_PER_KNOB + 8):
+            campaign.turn(turn, turn / 100, "reverted", turn / 1000)
+        (knob,) = store.knob_totals(campaign.state.id)
+        assert len(knob.values) == VALUES_PER_KNOB < knob.distinct_values
+        assert (knob.values[0].new_value, knob.values[0].failures) == ("0.9", {"nan": 1})
 
     def test_recent_shows_the_last_try_of_each_turn_newest_first(self, campaign: Campaigner, store: SqlStore) -> None:
         campaign.turn(1, 0.2, "reverted", -0.1)

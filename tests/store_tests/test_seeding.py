@@ -11,6 +11,7 @@ import pytest
 from overnight.store.errors import InputError
 from overnight.store.seeding import seed_campaign
 from overnight.store.sql_store import SqlStore
+from overnight.store.trajectory import import_trajectory
 
 from .suite import Campaigner
 from .trajectories import as_bytes, attempt, every_stage, header
@@ -49,8 +50,19 @@ def test_failures_are_taken_over(store: SqlStore) -> None:
     seed(store, every_stage())
     state = store.campaign("new")
     assert state is not None
-    failed = {total.knob: total.values[0].last_failure for total in store.knob_totals(state.id)}
-    assert failed["d_model"] == "oom"
+    failed = {total.knob: (total.values[0].failures, total.failures) for total in store.knob_totals(state.id)}
+    assert failed["d_model"] == ({"oom": 1}, {"oom": 1})
+
+
+def test_a_seeded_campaign_has_the_totals_of_an_imported_one(store: SqlStore) -> None:
+    lines = [*every_stage(), attempt(7, "lr", 0.0004), *({**every_stage()[2], "iter": turn} for turn in (8, 9))]
+    seed(store, lines)
+    import_trajectory(store, as_bytes(lines), name="imported", origin="x")
+    seeded, imported = (store.campaign(name) for name in ("new", "imported"))
+    assert seeded is not None
+    assert imported is not None
+    on_menu = [total for total in store.knob_totals(imported.id) if total.knob in SPEC["knobs"]]
+    assert sorted(store.knob_totals(seeded.id), key=str) == sorted(on_menu, key=str) != []
 
 
 def test_a_seeded_campaign_has_no_attempt_and_starts_at_its_first_turn(store: SqlStore) -> None:

@@ -57,9 +57,12 @@ def rows(store: SqlStore, view: str, campaign: str = "old", drop: set[str] = KEY
     return sorted(plain, key=lambda row: json.dumps(row, sort_keys=True, default=str))
 
 
-def totals(store: SqlStore, campaign_id: int) -> list[dict[str, Any]]:
+TOTALS = {"pair_totals": "knob, new_value", "failure_totals": "knob, new_value, failure", "knob_totals": "knob"}
+
+
+def totals(store: SqlStore, campaign_id: int, table: str = "pair_totals") -> list[dict[str, Any]]:
     with store.engine.connect() as connection:
-        query = text("SELECT * FROM pair_totals WHERE campaign_id = :id ORDER BY knob, new_value")
+        query = text(f"SELECT * FROM {table} WHERE campaign_id = :id ORDER BY {TOTALS[table]}")
         found = connection.execute(query, {"id": campaign_id}).mappings()
         return [{key: value for key, value in row.items() if key != "campaign_id"} for row in found]
 
@@ -120,7 +123,8 @@ def test_a_campaign_that_was_run_comes_back_but_for_its_seeds(store: SqlStore) -
     assert {row["seed"] for row in rows(store, "trial_log", "again")} == {None}
     again = store.campaign("again")
     assert again is not None
-    assert totals(store, again.id) == totals(store, campaign.state.id) != []
+    for table in TOTALS:
+        assert totals(store, again.id, table) == totals(store, campaign.state.id, table) != []
     assert store.prompt_of(store.attempts_of_turn(again.id, 1)[0].prompt_id or "") == "prompt 1"
 
 

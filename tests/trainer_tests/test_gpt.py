@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from overnight.store.errors import CampaignError
+from overnight.store.errors import CampaignError, TrainerError
 from overnight.store.records import TrialProgress, TrialRequest, TrialResult
 from overnight.trainer.gpt import GptTrainer
 from overnight.trainer.protocol import Trainer, TrainerContext
@@ -229,6 +229,16 @@ class TestFailures:
     def test_memory_that_cannot_be_had_is_out_of_memory(self, folder: Path) -> None:
         result = measure(make(folder, micro_batch=4096), d_model=1 << 21, n_head=1)
         assert (result.failure, result.metric) == ("oom", None)
+
+    def test_a_gpu_that_fails_is_the_harness_and_no_candidate_s_fault(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def lost(*_arguments: object) -> None:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+        monkeypatch.setattr(GptTrainer, "_trial", lost)
+        with pytest.raises(TrainerError, match="uncorrectable ECC"):
+            measure(make(folder))
 
     def test_the_next_trial_is_unharmed(self, folder: Path) -> None:
         trainer = make(folder)

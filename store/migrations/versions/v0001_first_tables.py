@@ -90,11 +90,22 @@ def upgrade() -> None:
     )
     op.create_index("ix_events_campaign_id_kind", "events", ["campaign_id", "kind"], unique=False)
     op.create_table(
+        "failure_totals",
+        sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("knob", sa.Text(), nullable=False),
+        sa.Column("new_value", sa.Text(), nullable=False),
+        sa.Column("failure", sa.Text(), nullable=False),
+        sa.Column("times", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["campaign_id"], ["campaigns.id"], name=op.f("fk_failure_totals_campaign_id")),
+        sa.PrimaryKeyConstraint("campaign_id", "knob", "new_value", "failure", name=op.f("pk_failure_totals")),
+    )
+    op.create_table(
         "knob_totals",
         sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("knob", sa.Text(), nullable=False),
         sa.Column("proposed", sa.Integer(), nullable=False),
         sa.Column("kept", sa.Integer(), nullable=False),
+        sa.Column("blocked", sa.Integer(), nullable=False),
         sa.Column("distinct_values", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(["campaign_id"], ["campaigns.id"], name=op.f("fk_knob_totals_campaign_id")),
         sa.PrimaryKeyConstraint("campaign_id", "knob", name=op.f("pk_knob_totals")),
@@ -111,15 +122,8 @@ def upgrade() -> None:
         sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("trials", sa.Integer(), nullable=False),
         sa.Column("mean_gain", sa.Float(precision=53), nullable=True),
-        sa.Column("last_failure", sa.Text(), nullable=True),
         sa.ForeignKeyConstraint(["campaign_id"], ["campaigns.id"], name=op.f("fk_pair_totals_campaign_id")),
         sa.PrimaryKeyConstraint("campaign_id", "knob", "new_value", name=op.f("pk_pair_totals")),
-    )
-    op.create_index(
-        "ix_pair_totals_campaign_id_knob_kept_mean_gain",
-        "pair_totals",
-        ["campaign_id", "knob", "kept", "mean_gain"],
-        unique=False,
     )
     op.create_table(
         "proposers",
@@ -360,6 +364,7 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_trials_attempt_id", "trials", ["attempt_id"], unique=False)
+    op.create_index("ix_trials_campaign_id_id", "trials", ["campaign_id", "id"], unique=False)
     op.create_index(
         "ix_trials_campaign_id_purpose_wall_s", "trials", ["campaign_id", "purpose", "wall_s"], unique=False
     )
