@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, collate, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, collate, func, insert, literal_column, select, update
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
@@ -37,6 +37,7 @@ from overnight.store.records import FailureClass, KnobValue, Split, Stage
 from overnight.store.sql_contests import SqlContestReads
 from overnight.store.sql_learning import AT_ONCE, SqlLearningReads
 from overnight.store.tables import (
+    INFORMATION,
     AttemptRow,
     CampaignRow,
     ConfigRow,
@@ -64,12 +65,9 @@ _PAIRS = select(*(getattr(PairTotalRow, name) for name in PairTotal.__slots__ if
     PairTotalRow.campaign_id == bindparam("campaign"), PairTotalRow.knob == bindparam("of_knob")
 )
 _INFORMATIVE_VALUES = {
-    dialect: _PAIRS.order_by(
-        PairTotalRow.kept.desc(),
-        (PairTotalRow.trials + PairTotalRow.failed).desc(),
-        func.abs(PairTotalRow.mean_gain).desc().nulls_first(),
-        collate(PairTotalRow.new_value, bytewise),
-    ).limit(bindparam("count"))
+    dialect: _PAIRS.order_by(literal_column(INFORMATION).desc(), collate(PairTotalRow.new_value, bytewise)).limit(
+        bindparam("count")
+    )
     for dialect, bytewise in (("sqlite", "BINARY"), ("postgresql", "C"))
 }
 """The order is that of `overnight.store.prompt.information`."""

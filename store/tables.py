@@ -179,6 +179,13 @@ class AttemptRow(Table):
     decided_at: Mapped[str | None] = mapped_column(Text)
 
 
+INFORMATION = (
+    "(kept * 1e7 + (trials + failed) * 10"
+    " + CASE WHEN mean_gain IS NULL THEN 1.0 ELSE abs(mean_gain) / (1.0 + abs(mean_gain)) END)"
+)
+"""Sorts the values of a knob as `overnight.store.prompt.information` does; an index on it keeps that short."""
+
+
 class PairTotalRow(Table):
     """Running totals of one (knob, value): what prompts show of ALL history without reading it again.
 
@@ -186,6 +193,7 @@ class PairTotalRow(Table):
     """
 
     __tablename__ = "pair_totals"
+    __table_args__ = (Index("ix_pair_totals_information", "campaign_id", "knob", text(INFORMATION)),)
     campaign_id: Mapped[int] = mapped_column(ForeignKey("campaigns.id"), primary_key=True)
     knob: Mapped[str] = mapped_column(Text, primary_key=True)
     new_value: Mapped[str] = mapped_column(Text, primary_key=True)

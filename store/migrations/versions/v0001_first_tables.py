@@ -125,6 +125,19 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["campaign_id"], ["campaigns.id"], name=op.f("fk_pair_totals_campaign_id")),
         sa.PrimaryKeyConstraint("campaign_id", "knob", "new_value", name=op.f("pk_pair_totals")),
     )
+    op.create_index(
+        "ix_pair_totals_information",
+        "pair_totals",
+        [
+            "campaign_id",
+            "knob",
+            sa.text(
+                "(kept * 1e7 + (trials + failed) * 10"
+                " + CASE WHEN mean_gain IS NULL THEN 1.0 ELSE abs(mean_gain) / (1.0 + abs(mean_gain)) END)"
+            ),
+        ],
+        unique=False,
+    )
     op.create_table(
         "proposers",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
