@@ -89,8 +89,9 @@ def fallback(runtime: Runtime) -> Proposer:
 
 
 def _tries(moves: Sequence[Change], totals: Sequence[KnobTotal]) -> dict[str, int]:
+    """Return how often each knob was proposed: a block counts, or a knob that is always vetoed had every turn."""
     tried = dict.fromkeys((move.knob for move in moves), 0)
-    return tried | {total.knob: total.tried for total in totals if total.knob in tried}
+    return tried | {total.knob: total.proposed for total in totals if total.knob in tried}
 
 
 def open_moves(

@@ -129,8 +129,9 @@ def _is_text(text: str) -> bool:
 
 def _clip(text: str, limit: int = 60) -> str:
     """Return one line of a model's text, for a reason that goes into a prompt again."""
-    shown = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(sign if sign.isprintable() else " " for sign in shown)
+    flat = " ".join(text.split())
+    shown = flat if len(flat) <= limit else flat[: limit - 1] + "…"
+    return shown.encode("utf-8", "replace").decode()
 
 
 def check_reply(reply: str, *, menu: Menu, baseline: Config, rails: Sequence[Rail]) -> Verdict:
