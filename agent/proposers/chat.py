@@ -79,7 +79,8 @@ class ChatEndpoint:
         """Run `work` with an open session, and end it at the deadline whatever it waits for.
 
         Raises:
-            ProposerError: `llm_timeout` at the deadline, `llm_error` for every other end.
+            ProposerError: `llm_timeout` where nothing came back by the deadline, `llm_error` for every other end: an
+                error that was still being retried then, too.
             Exception: whatever else `work` itself raises.
         """
         import openai  # noqa: F401  (half a second, once: not the endpoint's time)
@@ -101,7 +102,8 @@ class ChatEndpoint:
         error = job.error
         if error is None or isinstance(error, TimeoutError | asyncio.CancelledError):
             job.cancel()
-            raise self._failure(f"no answer within {deadline_s:g} s{job.hindsight}", "llm_timeout")
+            failure = "llm_error" if job.hindsight else "llm_timeout"
+            raise self._failure(f"no answer within {deadline_s:g} s{job.hindsight}", failure)
         if isinstance(error, _Transient | _Permanent | Refused):
             raise self._failure(str(error), "llm_error") from None
         raise error

@@ -100,6 +100,13 @@ async def sends_endless_headers(wire: Wire) -> None:
         await wire.send(b"X-Filler: " + b"y" * 8000 + b"\r\n")
 
 
+async def fails_once_and_hangs(wire: Wire) -> None:
+    if wire.number == 0:
+        await fails_always(wire)
+    else:
+        await wire.until_closed()
+
+
 async def never_answers(wire: Wire) -> None:
     await wire.until_closed()
 
@@ -121,6 +128,7 @@ async def says_no(wire: Wire) -> None:
     [
         (resets_mid_body, "llm_error", "Reset|reset|RemoteProtocolError|peer closed"),
         (fails_always, "llm_error", "status 500: .*out of cheese"),
+        (fails_once_and_hangs, "llm_error", "no answer within 1 s; before that: status 500"),
         (asks_for_a_long_wait, "llm_error", "status 429.*asks to wait 3600 s"),
         (never_ends, "llm_timeout", "no answer within 1 s"),
         (sends_100_megabytes, "llm_error", "more than 1,048,576 bytes"),
