@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -396,9 +397,10 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             TrialRow.environment_hash == environment_hash,
             TrialRow.metric.is_not(None),
         )
-        # One good run of each seed: the repeat of the first would count its seed twice.
+        # One good run of each seed: the repeat of the first would count its seed twice. Sorted here: in SQL the order
+        # would have all trials walked through for these few.
         metrics: dict[str, dict[int | None, float]] = {}
-        for row in self._all(query):
+        for row in sorted(self._all(query.order_by(None)), key=itemgetter("id")):
             metrics.setdefault(row["config_id"], {}).setdefault(row["seed"], row["metric"])
         groups = [list(of.values()) for of in metrics.values()]
         squares = [(metric - math.fsum(group) / len(group)) ** 2 for group in groups for metric in group]

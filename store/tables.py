@@ -122,6 +122,7 @@ class AttemptRow(Table):
     __table_args__ = (
         UniqueConstraint("campaign_id", "iteration", "try"),
         Index("ix_attempts_campaign_id_config_id", "campaign_id", "config_id"),
+        Index("ix_attempts_campaign_id_id", "campaign_id", "id"),
         Index("ix_attempts_campaign_id_knob_new_value_id", "campaign_id", "knob", "new_value", "id"),
         Index("ix_attempts_campaign_id_outcome_iteration", "campaign_id", "outcome", "iteration"),
         Index("ix_attempts_request_event_id", "request_event_id"),

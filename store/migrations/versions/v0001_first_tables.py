@@ -203,6 +203,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_attempts")),
         sa.UniqueConstraint("campaign_id", "iteration", "try", name=op.f("uq_attempts_campaign_id_iteration_try")),
     )
+    op.create_index("ix_attempts_campaign_id_id", "attempts", ["campaign_id", "id"], unique=False)
     op.create_index("ix_attempts_campaign_id_config_id", "attempts", ["campaign_id", "config_id"], unique=False)
     op.create_index(
         "ix_attempts_campaign_id_knob_new_value_id",
