@@ -138,7 +138,7 @@ class PromptSection(Section):
     """What the proposer is shown."""
 
     recent: Annotated[int, Field(ge=0, le=50)] = 5
-    """How many of the last attempts are shown whole."""
+    """How many of the last attempts are shown whole, as far as they fit."""
     lineage: bool = True
     """Whether the summary of all history is shown."""
 

@@ -14,7 +14,6 @@ from overnight.agent.decide import Verdict, judge, seed_order
 from overnight.agent.events import TrialDropped, TrialFinished, TrialStarted, TrialStepped
 from overnight.agent.runtime import Runtime
 from overnight.agent.seeds import audit_seeds
-from overnight.agent.seeds import calibration_seeds as first_seeds
 from overnight.agent.signals import PauseRequested
 from overnight.agent.state import BudgetSpent
 from overnight.store import clock
@@ -257,10 +256,7 @@ def _next_audit(runtime: Runtime, state: CampaignState, attempt: Attempt, own: S
     assert attempt.baseline_config_id is not None
     seeds = audit_seeds(attempt.iteration)
     baseline = trials_on(runtime, state, attempt.baseline_config_id, seeds)
-    sides = [series_of([trial for trial in side if trial.seed in seeds]) for side in (own, baseline)]
-    if any(side.failure for side in sides):
-        return None
-    return next((seed for seed in seeds if any(seed not in side.metrics for side in sides)), None)
+    return _next_of_pair(own, baseline, seeds)
 
 
 def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, own: Sequence[Trial]) -> int | None:
@@ -271,16 +267,21 @@ def _next_of_duel(runtime: Runtime, state: CampaignState, attempt: Attempt, own:
     if duel is None or attempt.id not in (duel.champion_attempt_id, duel.challenger_attempt_id):
         return None
     assert attempt.baseline_config_id is not None
-    baseline = trials_on(runtime, state, attempt.baseline_config_id, range(duel.seed, duel.seed + 1))
-    sides = [series_of([trial for trial in side if trial.seed == duel.seed]) for side in (own, baseline)]
+    seeds = range(duel.seed, duel.seed + 1)
+    return _next_of_pair(own, trials_on(runtime, state, attempt.baseline_config_id, seeds), seeds)
+
+
+def _next_of_pair(own: Sequence[Trial], baseline: Sequence[Trial], seeds: range) -> int | None:
+    """Return the first seed that one of two configurations lacks, or None once both have all, or one failed."""
+    sides = [series_of([trial for trial in side if trial.seed in seeds]) for side in (own, baseline)]
     if any(side.failure for side in sides):
         return None
-    return duel.seed if any(duel.seed not in side.metrics for side in sides) else None
+    return next((seed for seed in seeds if any(seed not in side.metrics for side in sides)), None)
 
 
 def calibration_seeds(runtime: Runtime) -> list[int]:
-    """Return the seeds that the campaign calibrates on."""
-    return first_seeds(runtime.campaign.file.campaign.seed, runtime.campaign.decision.calibration_trials)
+    """Return the seeds that the campaign calibrates on: the first of those for decisions."""
+    return list(runtime.decision_seeds[: runtime.campaign.decision.calibration_trials])
 
 
 def measure_candidate(runtime: Runtime, state: CampaignState, attempt: Attempt) -> Standing:

@@ -23,11 +23,6 @@ def decision_seeds(campaign_seed: int) -> range:
     return range(1000 * (campaign_seed % THOUSANDS), ASIDE)
 
 
-def calibration_seeds(campaign_seed: int, trials: int) -> list[int]:
-    """Return the seeds that the campaign calibrates on: apart from those of every other campaign seed nearby."""
-    return list(decision_seeds(campaign_seed)[:trials])
-
-
 def holdout_seeds(campaign_seed: int) -> range:
     """Return the seeds of the one look at the locked holdout, too far from the calibration's for a turn to use."""
     return decision_seeds(campaign_seed)[500 : 500 + HOLDOUT_SEEDS]

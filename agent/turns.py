@@ -27,6 +27,7 @@ from overnight.store.hashing import JsonValue
 from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
 from overnight.store.protocol import MAX_TRIES, Attempt, CampaignState, KnobTotal, Position
 from overnight.store.records import Config
+from overnight.store.writer import OFF_MENU_RAILS
 
 FALLBACK_NAME = "random"
 """What a fallback is called where the campaign names no proposer of kind `random`."""
@@ -205,7 +206,7 @@ def prompt_frame(campaign: Campaign) -> Frame:
 
 def without_forgery(attempt: Attempt) -> Attempt:
     """Return an attempt whose knob and value are shown only where they are on the menu."""
-    return attempt if attempt.rail not in ("R1_schema", "R2_menu", "R3_range") else replace(attempt, knob=None)
+    return attempt if attempt.rail not in OFF_MENU_RAILS else replace(attempt, knob=None)
 
 
 def request_reply(payload: Mapping[str, JsonValue]) -> str:

@@ -446,7 +446,9 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             )
             .subquery()
         )
-        groups = _within(query.c.difference, query.c.attempt_id).order_by("of")
+        of, value = query.c.attempt_id, query.c.difference
+        squares = func.sum(value * value) - func.sum(value) * func.avg(value)
+        groups = select(of.label("of"), func.count(value).label("n"), squares.label("ss")).group_by(of).order_by(of)
         return {row["of"]: SumOfSquares(max(row["ss"], 0.0), row["n"] - 1) for row in self._all(groups)}
 
     def spent(self, campaign_id: int) -> Spent:
@@ -506,12 +508,6 @@ class SqlStore(SqlLearningReads, SqlContestReads):
         with self._reading() as connection:
             row: Row[Any] | None = connection.execute(query).first()
             return None if row is None else dict(row._mapping)
-
-
-def _within(value: Any, group: Any) -> Select[*tuple[Any, ...]]:
-    """Return the query of each group's size and sum of squares around its own mean."""
-    squares = func.sum(value * value) - func.sum(value) * func.avg(value)
-    return select(group.label("of"), func.count(value).label("n"), squares.label("ss")).group_by(group)
 
 
 def _columns_of(spec: Mapping[str, Any]) -> dict[str, Any]:

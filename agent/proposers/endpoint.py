@@ -87,7 +87,7 @@ class OpenAIProposer:
         temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.5
         """Of the sampling; 0 takes the likeliest token."""
         deadline_s: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
-        """Seconds for everything: connecting, retries, the whole reply."""
+        """Seconds for everything: connecting, retries, the whole reply; as much again to find out what it can."""
         max_tokens: Annotated[int, Field(ge=1, le=65536)] = 512
         """Of a reply."""
         seed: int | None = None

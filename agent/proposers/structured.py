@@ -68,7 +68,7 @@ def _values_schema(menu: Menu, baseline: Config, knob: Knob, legal: Sequence[Kno
     low, high = math.ceil(knob.low), math.floor(knob.high)
     if high - low >= MAX_LISTED:
         return {"type": "integer", "minimum": low, "maximum": high}
-    coarse = set(knob.grid())
+    coarse = set(knob.grid())  # a value of the finer grid among the legal ones says that the grid was refined
     measured = (coarse if coarse.issuperset(legal) else coarse | set(knob.grid(1))) - set(legal)
     open_values = [
         value

@@ -299,7 +299,10 @@ def test_a_harness_that_loses_every_candidate_costs_three_turns(tmp_path: Path, 
     assert wall_s == pytest.approx(4 * HOUR, abs=1200)
 
 
-def test_a_campaign_that_waits_for_its_harness_ends_when_its_time_is_over(tmp_path: Path, store: SqlStore) -> None:
+@pytest.mark.parametrize(("limit", "ends"), [("deadline", ("until", True)), ("until", (None, False))])
+def test_a_campaign_that_waits_for_its_harness_ends_or_pauses_in_time(
+    tmp_path: Path, store: SqlStore, limit: str, ends: tuple[str | None, bool]
+) -> None:
     clock = FakeClock()
 
     class Broken(TimedTrainer):
@@ -310,28 +313,10 @@ def test_a_campaign_that_waits_for_its_harness_ends_when_its_time_is_over(tmp_pa
 
     with running_on(clock):
         running = timed(tmp_path, clock, store, trainer=Broken, sections={"budget": {"iterations": 500}})
-        running.deadline = START + 2 * HOUR
+        setattr(running, limit, START + 2 * HOUR)
         result = run_campaign(running)
         running.close()
-    assert (result.stop_reason, result.finished) == ("until", True)
-    assert clock.now <= START + 2 * HOUR + 120
-
-
-def test_a_run_that_waits_for_its_harness_pauses_at_the_time_asked_for(tmp_path: Path, store: SqlStore) -> None:
-    clock = FakeClock()
-
-    class Broken(TimedTrainer):
-        def run(self, request: Any, report: Any) -> Any:
-            result = super().run(request, report)
-            broken = clock.now > START + 1200
-            return replace(result, metric=None, failure="harness", trace="lost") if broken else result
-
-    with running_on(clock):
-        running = timed(tmp_path, clock, store, trainer=Broken, sections={"budget": {"iterations": 500}})
-        running.until = START + 2 * HOUR
-        result = run_campaign(running)
-        running.close()
-    assert not result.finished
+    assert (result.stop_reason if result.finished else None, result.finished) == ends
     assert clock.now <= START + 2 * HOUR + 120
 
 
