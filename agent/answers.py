@@ -14,13 +14,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from overnight.agent.propose import StoredHistory
 from overnight.agent.proposers.protocol import Ask, Observation, reply_text
 from overnight.agent.runtime import Runtime
-from overnight.rails.gate import Candidate, NoveltyRail, Proposal, Rail, check_reply
+from overnight.agent.turns import let_through, neighbours_of
+from overnight.rails.gate import NoveltyRail, Rail, check_reply
 from overnight.rails.menu import Change, Menu
 from overnight.store.contests import HeldOutTurn, NewRaceItem
 from overnight.store.errors import CampaignError, ProposerError
@@ -91,22 +93,10 @@ def moment_of(runtime: Runtime, state: CampaignState, turn: HeldOutTurn) -> Then
     beside = {name: value for name, value in stored.items() if name not in menu.by_name}
     others = _rails(runtime)
     refinement = bisect_right(runtime.store.refinements(state.id), turn.started_at)
+    passing = partial(let_through, runtime, state, baseline, rails=others, before=turn.asked_in, beside=beside)
+    moves = passing(menu.moves(baseline, refinement=refinement))
+    neighbours = passing(neighbours_of(menu, baseline, moves))
     skips_novelty = "R6_novelty" in runtime.campaign.file.rails.skip
-
-    def let_through(changes: list[Change]) -> tuple[Change, ...]:
-        if not skips_novelty:
-            configs = [{**menu.apply(baseline, change), **beside} for change in changes]
-            done = runtime.earlier(state, configs, before=turn.asked_in)
-            changes = [change for change, words in zip(changes, done, strict=True) if words is None]
-        candidates = {
-            change: Candidate(menu, baseline, Proposal(change.knob, change.value, ""), menu.apply(baseline, change))
-            for change in changes
-        }
-        return tuple(change for change in changes if not any(rail.check(candidates[change]) for rail in others))
-
-    moves = let_through(list(menu.moves(baseline, refinement=refinement)))
-    knobs = dict.fromkeys(move.knob for move in moves)
-    neighbours = let_through([change for change in menu.neighbours(baseline, knobs) if change not in set(moves)])
     novelty = NoveltyRail(lambda config: runtime.earlier(state, [{**config, **beside}], before=turn.asked_in)[0])
     prompt = runtime.store.prompts_of([turn.prompt_id])[turn.prompt_id]
     return Then(turn, baseline, beside, prompt, moves, neighbours, others if skips_novelty else [novelty, *others])

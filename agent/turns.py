@@ -9,7 +9,7 @@ what an undisturbed one would.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from overnight.agent import duels
@@ -21,8 +21,8 @@ from overnight.agent.proposers.protocol import Proposer, Rejection
 from overnight.agent.proposers.uniform import RandomProposer
 from overnight.agent.runtime import Runtime
 from overnight.distill.histories import Frame
-from overnight.rails.gate import Candidate, Proposal
-from overnight.rails.menu import Change
+from overnight.rails.gate import Candidate, Proposal, Rail
+from overnight.rails.menu import Change, Menu
 from overnight.store.hashing import JsonValue
 from overnight.store.prompt import KnobFact, PromptFacts, render_prompt
 from overnight.store.protocol import MAX_TRIES, Attempt, CampaignState, KnobTotal, Position
@@ -102,32 +102,60 @@ def open_moves(
 
     `before` asks for those that were open before a turn: what was measured in it or later does not count as tried.
     """
-    moves = list(runtime.campaign.menu.moves(baseline, refinement=state.refinement))
-    return _let_through(runtime, state, baseline, moves, before)
+    moves = runtime.campaign.menu.moves(baseline, refinement=state.refinement)
+    return let_through(runtime, state, baseline, moves, _rails_after_novelty(runtime, state), before=before)
 
 
 def open_neighbours(
     runtime: Runtime, state: CampaignState, baseline: Config, moves: Sequence[Change], *, before: int | None = None
 ) -> tuple[Change, ...]:
     """Return the values next to the present ones, of the knobs of `moves`, that every rail would let through."""
-    beside = runtime.campaign.menu.neighbours(baseline, dict.fromkeys(move.knob for move in moves))
-    return _let_through(runtime, state, baseline, [change for change in beside if change not in set(moves)], before)
+    beside = neighbours_of(runtime.campaign.menu, baseline, moves)
+    return let_through(runtime, state, baseline, beside, _rails_after_novelty(runtime, state), before=before)
 
 
-def _let_through(
-    runtime: Runtime, state: CampaignState, baseline: Config, changes: list[Change], before: int | None
+def neighbours_of(menu: Menu, baseline: Config, moves: Sequence[Change]) -> list[Change]:
+    """Return the legal values next to the present ones, of the knobs of `moves`, that are not among these."""
+    known = set(moves)
+    return [change for change in menu.neighbours(baseline, dict.fromkeys(m.knob for m in moves)) if change not in known]
+
+
+def let_through(
+    runtime: Runtime,
+    state: CampaignState,
+    baseline: Config,
+    changes: Iterable[Change],
+    rails: Sequence[Rail],
+    *,
+    before: int | None = None,
+    beside: Config | None = None,
 ) -> tuple[Change, ...]:
-    configs = [runtime.campaign.menu.apply(baseline, change) for change in changes]
+    """Return the changes that nobody measured, where the campaign asks for that, and that `rails` let through.
+
+    Args:
+        runtime: the campaign's.
+        state: where it stands.
+        baseline: what the changes start from, the menu's knobs alone.
+        changes: legal ones.
+        rails: those after `R6_novelty`, which is asked for all changes at once.
+        before: what was measured in that turn or later does not count as tried.
+        beside: what an imported configuration holds besides, and its hash with it.
+    """
+    menu, found = runtime.campaign.menu, list(changes)
     if "R6_novelty" not in runtime.campaign.file.rails.skip:
+        configs = [{**menu.apply(baseline, change), **(beside or {})} for change in found]
         done = runtime.earlier(state, configs, before=before)
-        changes = [change for change, words in zip(changes, done, strict=True) if words is None]
-    rails = [rail for rail in runtime.rails(state) if rail.id != "R6_novelty"]
-    candidates = [_candidate(runtime, baseline, change) for change in changes]
+        found = [change for change, words in zip(found, done, strict=True) if words is None]
+    candidates = [_candidate(runtime, baseline, change) for change in found]
     return tuple(
         change
-        for change, candidate in zip(changes, candidates, strict=True)
+        for change, candidate in zip(found, candidates, strict=True)
         if not any(rail.check(candidate) for rail in rails)
     )
+
+
+def _rails_after_novelty(runtime: Runtime, state: CampaignState) -> list[Rail]:
+    return [rail for rail in runtime.rails(state) if rail.id != "R6_novelty"]
 
 
 def _candidate(runtime: Runtime, baseline: Config, move: Change) -> Candidate:

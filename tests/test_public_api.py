@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -45,7 +46,7 @@ def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
     assert sorted(overnight.__all__) == overnight.__all__
     for name, module in typed.items():
         if name != "events":
-            assert getattr(sys.modules[f"{module}"], name) is getattr(overnight, name)
+            assert getattr(importlib.import_module(f"{module}"), name) is getattr(overnight, name)
 
 
 def test_importing_it_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
