@@ -210,9 +210,9 @@ class DistillSection(Section):
     """Their scale: `alpha / r` multiplies what they add."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Of their inputs, while training."""
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Passes over the rows."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Passes over the rows; a long history needs fewer, and takes longer for each."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
     """AdamW's peak; a cosine takes it to zero."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which it rises."""

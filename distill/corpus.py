@@ -41,7 +41,7 @@ class CorpusSettings:
     min_pairs: int = 8
     max_share: float = 0.5
     augment: tuple[Variation, ...] = ()
-    epochs: int = 5
+    epochs: int = 20
     seed: int = 0
 
 

@@ -24,8 +24,9 @@ class LoraRecipe:
     """Of the input of each update, while training."""
     targets: tuple[str, ...] = PROJECTIONS
     """Names of the linear layers that are adapted."""
-    epochs: int = 5
-    learning_rate: float = 3e-4
+    epochs: int = 20
+    """What a history of sixty turns needs (benchmarks/distill.md)."""
+    learning_rate: float = 5e-4
     """The peak, reached after the warm-up; a cosine takes it to zero."""
     warmup: float = 0.1
     """Share of all steps."""

@@ -1,8 +1,9 @@
 """What measured values of a knob say about those between them: a smooth curve with as much error as it has.
 
 A Gaussian process (Rasmussen and Williams 2006, section 2.2) over the knob's range, on the scale that the menu grids it
-on: near a measured value it follows the measurement, far from any it returns to 0, the first baseline's. Numbers only:
-words have no order.
+on: near a measured value it follows the measurement, far from any it returns to 0, the first baseline's. It promises no
+more than the best measured value gave and threatens no worse than the worst: two values that lie close together would
+otherwise speak for the whole range. Numbers only: words have no order.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Curve:
         places = np.array([point[0] for point in self._points])
         if self._weights is None:
             self._weights = self._solve(places)
-        return float(np.exp(-((at - places) ** 2) / (2 * LENGTH**2)) @ self._weights)
+        smooth = float(np.exp(-((at - places) ** 2) / (2 * LENGTH**2)) @ self._weights)
+        means = [point[1] for point in self._points]
+        return min(max(smooth, min(means)), max(means))
 
     def _solve(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         import numpy as np

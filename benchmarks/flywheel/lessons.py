@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
+from numpy.typing import NDArray
 from tasks import KINDS, TASKS
 from world import SETTINGS, Campaign, Table, Turn, table
 
@@ -31,10 +34,16 @@ from overnight.store.protocol import Attempt
 
 RECENT = 5
 """Attempts that a prompt shows whole, as the product's default has it."""
+SHARES = 16
+"""Of a student's rows; each is drawn with a seed of its own."""
 FIRST_CAMPAIGN = 10_000
 """Training campaigns have numbers from here on; measured ones have small numbers."""
-TEMPERATURE = 0.15
-"""Of the targets, in standard deviations of the better half of a task's table."""
+AHEAD = 0.5
+"""What the turn after counts beside this one: a change is also worth where it leads."""
+CLEAR = 0.06
+"""Gains that the decision rule misses: one of twice this is kept half the time."""
+TEMPERATURE = 0.01
+"""Of the targets. All three are in shares of what a middling configuration may gain."""
 
 
 def prompt_of(campaign: Campaign) -> str:
@@ -82,18 +91,44 @@ def _attempt(number: int, turn: Turn) -> Attempt:
     return Attempt(**{**empty, **said})  # type: ignore[arg-type]
 
 
-def spread(tab: Table) -> float:
-    """Standard deviation of the better half of a table: the unit of targets."""
-    return float(np.sort(tab.truth)[: len(tab.truth) // 2].std())
+def worth(tab: Table) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
+    """What is missing after each change of each configuration: now and, ever less important, in the turns after it.
+
+    The action values (Watkins 1989) of a campaign that knows its table, discounted by `AHEAD` a turn: a change is kept
+    if it clearly gains, and the best change follows. Greedy gains lead into configurations that no single change
+    improves; these values lead past them.
+
+    Returns:
+        The rows of the table that each configuration's changes lead to, and their values: (configurations, changes).
+    """
+    if tab not in _WORTH:
+        near = np.array([[tab.index_of(each) for each in tab.neighbours(config)] for config in tab.configs])
+        missing = np.nan_to_num((tab.truth - tab.best) / float(np.nanmedian(tab.truth) - tab.best), nan=np.inf)
+        best = np.full(len(missing), np.inf)
+        values = np.full(near.shape, np.inf)
+        for row in np.argsort(missing)[: np.isfinite(missing).sum()]:
+            here, there = missing[row], missing[near[row]]
+            kept = np.where(there < here, 1 / (1 + np.exp(2 - (here - there) / CLEAR)), 0.0)
+            gone = np.where(there < here, (1 - AHEAD) * there + AHEAD * best[near[row]], 0.0)
+            stayed = (1 - AHEAD) * here
+            again = (kept * gone + (1 - kept) * stayed) / (1 - (1 - kept) * AHEAD)  # proposed until it is kept
+            best[row] = again.min()
+            values[row] = kept * gone + (1 - kept) * (stayed + AHEAD * best[row])
+        _WORTH[tab] = near, values
+    return _WORTH[tab]
 
 
-def target(campaign: Campaign, moves: Sequence[Change], unit: float) -> list[float]:
-    """The listwise target: exp(gain / temperature) over the legal changes, from the table's measured means."""
-    tab = campaign.table
-    held = tab.truth[tab.index_of(campaign.baseline)]
-    gains = [(held - tab.truth[tab.index_of({**campaign.baseline, m.knob: m.value})]) / unit for m in moves]
-    best = max(gains)
-    weights = [math.exp((gain - best) / TEMPERATURE) for gain in gains]
+_WORTH: dict[Table, tuple[NDArray[np.int_], NDArray[np.float64]]] = {}
+
+
+def target(campaign: Campaign, moves: Sequence[Change]) -> list[float]:
+    """The listwise target over the legal changes: exp(-worth / temperature), from the table's measured means."""
+    near, values = worth(campaign.table)
+    row = campaign.table.index_of(campaign.baseline)
+    of = dict(zip(near[row].tolist(), values[row].tolist(), strict=True))
+    found = [of[campaign.table.index_of({**campaign.baseline, move.knob: move.value})] for move in moves]
+    least = min(found)
+    weights = [math.exp((least - value) / TEMPERATURE) for value in found]
     return [weight / sum(weights) for weight in weights]
 
 
@@ -105,24 +140,23 @@ def rows(without: str, count: int, objective: str, seed: int = 0) -> Iterator[Tr
         count: rows.
         objective: `outcome`; `clone` imitates what the campaign's policy tried; `shuffled` is `outcome` with the
             outcomes of each task dealt out anew among its configurations.
-        seed: of everything drawn.
+        seed: of everything drawn; other seeds are other campaigns.
     """
     rng = random.Random(f"{seed}/{without}/{objective}")
     tasks = [task for task in TASKS if task.kind != without]
     made = 0
-    number = FIRST_CAMPAIGN
-    dealt = {task.name: _dealt(task.name, seed) for task in tasks} if objective == "shuffled" else {}
+    number = FIRST_CAMPAIGN * (1 + seed)
+    dealt = {task.name: _dealt(task.name) for task in tasks} if objective == "shuffled" else {}
     while made < count:
         number += 1
         tab = dealt.get(name := rng.choice(tasks).name) or table(name)
-        unit = spread(tab)
         campaign = Campaign(tab, number)
         knowing = rng.choice((0.0, 0.3, 0.6, 0.9))
         for turn in range(rng.choice((1, 4, 8, 16, 30))):
             moves = campaign.moves()
             if len(moves) < 2:
                 break
-            wanted = target(campaign, moves, unit)
+            wanted = target(campaign, moves)
             chosen = rng.choices(moves, wanted)[0] if rng.random() < knowing else rng.choice(moves)
             if turn == 0 or rng.random() < 0.35:
                 identity = f"{name}/{number}/{turn}"
@@ -139,10 +173,21 @@ def rows(without: str, count: int, objective: str, seed: int = 0) -> Iterator[Tr
             campaign.play({**campaign.baseline, chosen.knob: chosen.value})
 
 
-def _dealt(name: str, seed: int) -> Table:
+def taught(without: str, count: int, objective: str, processes: int) -> list[TrainingRow]:
+    """Return about as many rows, made by several processes; how many makes no difference to them."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        shares = [(without, math.ceil(count / SHARES), objective, seed) for seed in range(SHARES)]
+        return [row for share in pool.starmap(_share, shares) for row in share]
+
+
+def _share(without: str, count: int, objective: str, seed: int) -> list[TrainingRow]:
+    return list(rows(without, count, objective, seed))
+
+
+def _dealt(name: str) -> Table:
     """A table whose outcomes belong to other configurations."""
     tab = Table(next(task for task in TASKS if task.name == name))
-    order = np.random.default_rng(seed).permutation(len(tab.truth))
+    order = np.random.default_rng(0).permutation(len(tab.truth))
     tab.truth, tab.field = tab.truth[order], tab.field[order]
     return tab
 
@@ -152,10 +197,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--without", choices=[*KINDS, "none"], required=True)
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=16_000)
     parser.add_argument("--objective", choices=["outcome", "clone", "shuffled"], default="outcome")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     given = parser.parse_args()
-    write_rows(rows(given.without, given.rows, given.objective), given.out)
+    write_rows(taught(given.without, given.rows, given.objective, given.processes), given.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Appends one JSON line a campaign to results/students-KIND.jsonl and skips what is there, so that a run that was stopped
 goes on. The model (the bundled SmolLM2-135M, unless `--base` names another) is trained and asked with the product's
-own code: `overnight.distill` packs the rows, trains the adapter and scores the menu. Meant for a GPU: two minutes of
+own code: `overnight.distill` packs the rows, trains the adapter and scores the menu. Meant for a GPU: five minutes of
 training and one of proposals for each kind of text on an H100 that all four share.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from arms import Proposal, applied, play
-from lessons import prompt_of, rows
+from lessons import prompt_of, taught
 from tasks import KINDS, TASKS
 from world import Campaign, table
 
@@ -99,11 +100,13 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="where the outcome student's adapter is put")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--objective", choices=["outcome", "clone", "shuffled"], default="outcome")
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=16_000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--turns", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2) // 4, 1), help="that make its rows")
+    parser.add_argument("--trained", action="store_true", help="ask the adapter that is there instead of training one")
     parser.add_argument("--zero-shot", action="store_true", help="measure the model as it comes, too")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
@@ -134,14 +137,19 @@ def main() -> None:
         scorer = MenuScorer(loaded.model)
         measure("zero-shot", 1.0, scorer)
         measure("zero-shot-greedy", 0.0, scorer)
-    wanted = [(given.objective, 1.0), (f"{given.objective}-greedy", 0.0)]
+    wanted = [(f"{given.objective}-greedy", 0.0), (given.objective, 1.0)]
     if all((name, task.name, seed) in done for name, _ in wanted for task in tasks for seed in range(given.seeds)):
         return
-    lessons = list(rows(given.kind, given.rows, given.objective))
-    recipe = LoraRecipe(epochs=1, batch=given.batch, learning_rate=given.learning_rate, dropout=0.0)
-    adapted = train(loaded.model, encoder, lessons, recipe)
-    if given.objective == "outcome":
-        adapted.save_pretrained(given.adapters / given.kind)
+    if given.trained:
+        from peft import PeftModel
+
+        adapted: Any = PeftModel.from_pretrained(loaded.model, given.adapters / given.kind)
+    else:
+        lessons = taught(given.kind, given.rows, given.objective, given.processes)
+        recipe = LoraRecipe(epochs=1, batch=given.batch, learning_rate=given.learning_rate, dropout=0.0)
+        adapted = train(loaded.model, encoder, lessons, recipe)
+        if given.objective == "outcome":
+            adapted.save_pretrained(given.adapters / given.kind)
     adapted.merge_adapter()
     scorer = MenuScorer(adapted.get_base_model())
     for name, temperature in wanted:

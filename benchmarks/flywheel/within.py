@@ -52,7 +52,17 @@ ARMS = ("teacher", "retrained", "routed", "inherited", "reversed")
 CHOSEN = ("python-tokens", "english-steps", "records-bpe", "algebra-steps")
 """One task of each kind of text, every setting among them."""
 STUDENT = {"kind": "student", "base_model": "smollm2-135m", "mode": "score", "neighbours": False}
-DISTILL = {"every": 8, "min_rows": 8, "min_pairs": 4, "holdout": 2, "learning_rate": 5e-4}
+DISTILL = {
+    "every": 4,
+    "min_rows": 4,
+    "min_pairs": 2,
+    "min_knobs": 1,
+    "max_share": 1.0,
+    "holdout": 1,
+    "epochs": 20,
+    "batch": 4,
+    "learning_rate": 5e-4,
+}
 """Sixteen changes are open from a configuration, and half the campaigns end before turn 40: learn early."""
 Job = tuple[str, str, int, int, Mapping[str, Any]]
 
@@ -97,7 +107,7 @@ def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], 
     if arm == "reversed":
         router |= {"champion": "student", "challenger": "teacher"}
     if arm in ("routed", "inherited", "reversed"):
-        router |= {"duel_share": 0.33, "max_latency_s": 60.0}
+        router |= {"duel_share": 0.5, "max_latency_s": 60.0}
     taught = {"adapter": str(ADAPTERS / world.table.task.kind)} if arm in ("inherited", "reversed") else {}
     data = {
         "campaign": {"name": "c", "trainer": "scripted", "seed": world.seed},

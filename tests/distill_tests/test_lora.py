@@ -282,7 +282,7 @@ def plain_row(number: int, epoch: int | None = None) -> EncodedRow:
 
 
 def test_forty_two_rows_in_eights_for_five_epochs_are_thirty_steps():
-    plan = batches([plain_row(n) for n in range(42)], LoraRecipe())
+    plan = batches([plain_row(n) for n in range(42)], LoraRecipe(epochs=5))
     assert sum(map(len, plan)) == 30
     orders = [[row.id for batch in epoch for row in batch] for epoch in plan]
     assert all(sorted(order, key=int) == [str(n) for n in range(42)] for order in orders)

@@ -35,6 +35,12 @@ def test_far_from_any_measurement_it_returns_to_nothing() -> None:
     assert curve.at(1.0) == pytest.approx(0.0, abs=0.01)
 
 
+def test_two_values_close_together_do_not_speak_for_the_whole_range() -> None:
+    curve = Curve(LINEAR, {0.5: (0.0, 0.0), 0.45: (-0.015, 0.0)})
+    found = [curve.at(value) for value in (0.3, 0.6, 0.7, 0.8)]
+    assert all(gain is not None and -0.015 <= gain <= 0.0 for gain in found)
+
+
 def test_a_range_is_measured_on_its_own_scale() -> None:
     assert place(LINEAR, 0.25) == 0.25
     assert place(LOG, 1e-3) == pytest.approx(1 / 3)
