@@ -199,14 +199,9 @@ class DistillSection(Section):
     """Different changes that the trained rows must have tried, or distilling refuses."""
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Largest share of the trained rows that may have tried the same change, or distilling refuses."""
-    augment: list[Literal["permute", "earlier", "subsample", "synthetic", "untried"]] = [
-        "permute",
-        "subsample",
-        "synthetic",
-    ]
+    augment: list[Literal["permute", "earlier", "subsample", "synthetic"]] = ["permute", "subsample", "synthetic"]
     """How every other epoch varies the stored prompts: `permute` the lines of the history, cut it `earlier`,
-    `subsample` it, draw a `synthetic` one from measured changes, or ask again among the `untried` changes alone. None
-    of them changes what a row means."""
+    `subsample` it, or draw a `synthetic` one from measured changes. None of them changes what a row means."""
     keep_adapters: Annotated[int, Field(ge=1)] = 10
     """Newest adapters that stay on the disk; one that proposed, duelled or was promoted is never removed."""
     r: Annotated[int, Field(ge=1, le=512)] = 16

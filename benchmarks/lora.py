@@ -79,9 +79,9 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def ours(self, rows: list[EncodedRow], *, memory_gib: float | None = None, **recipe: Any) -> dict[str, Any]:
+    def ours(self, rows: list[EncodedRow], *, memory_gib: float | None = None, epochs: int = 5) -> dict[str, Any]:
         """Train as the model host does."""
-        settings = LoraRecipe(**recipe)
+        settings = LoraRecipe(epochs=epochs)
         name = self.shelf.fresh(settings)
         allowance = Allowance(self.loaded.device, memory_gib)
         most = allowance.tokens(bytes_a_token(self.loaded.model))

@@ -3,10 +3,8 @@ show.
 
 `permute` reorders the lines of the stored history; `earlier` cuts it at an earlier time on the same configuration;
 `subsample` leaves some of it out; `synthetic` draws a history from everything that was measured on one configuration,
-its changes in any order. What a variant does not show is open again in it, so that its gain can be learned. `untried`
-asks the stored prompt again among the changes that nobody has tried by the cut, which is all that the student chooses
-among later: beside a change that is known to gain they have too little of the target to be told apart. The constant
-part is the same in all of them. Everything comes from before the cut.
+its changes in any order. What a variant does not show is open again in it, so that its gain can be learned. The
+constant part is the same in all of them. Everything comes from before the cut.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from overnight.distill.histories import Frame, Moment, gain_sd, render
 from overnight.distill.lessons import Lesson, baseline_key, distinct_baselines
 from overnight.store.prompt import shuffle_history
 
-Variation = Literal["permute", "earlier", "subsample", "synthetic", "untried"]
+Variation = Literal["permute", "earlier", "subsample", "synthetic"]
 KEPT_SHARES = (0.3, 0.9)
 """`subsample` shows each reverted change with a chance drawn between these."""
 
@@ -58,7 +56,7 @@ class Augmenter:
         self._gain_sd = _mean([gain_sd(lesson) for lesson in lessons])
 
     def variant(self, kind: Variation, number: int, asked: int, prompt: str, rng: random.Random) -> Variant | None:
-        """Return a variant of the lesson at index `number`, or None where none would differ, as in `untried`.
+        """Return a variant of the lesson at index `number`, or None where none would differ.
 
         Args:
             kind: of variant.
@@ -75,7 +73,7 @@ class Augmenter:
             return self._earlier(lesson, asked, rng)
         if kind == "subsample":
             return self._subsampled(lesson, before, rng)
-        return self._synthetic(rng) if kind == "synthetic" else None
+        return self._synthetic(rng)
 
     def _earlier(self, lesson: Lesson, number: int, rng: random.Random) -> Variant | None:
         """Cut the history where the same configuration was the baseline already."""

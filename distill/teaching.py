@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from overnight.distill.augment import Augmenter, Variation
 from overnight.distill.histories import Frame, OpenChanges
-from overnight.distill.knowledge import Guess, Knowledge
+from overnight.distill.knowledge import Knowledge
 from overnight.distill.lessons import ConfigKey, Lesson
 from overnight.distill.objective import Objective
 from overnight.distill.rows import Reply, TrainingRow
@@ -71,28 +71,11 @@ class Teacher:
 
     def varied(self, item: Item, kind: Variation, rng: random.Random) -> TrainingRow | None:
         """Return the row of a variant of a stored prompt, or None where there is none or it would teach nothing."""
-        if kind == "untried":
-            return self._untried(item)
         variant = self._augmenter.variant(kind, item.number, item.asked, item.prompt, rng)
         if variant is None:
             return None
         done = self._open.among(variant.shown)
         return self._row(f"{item.id}/{kind}", variant.prompt, variant.lesson, done)
-
-    def _untried(self, item: Item) -> TrainingRow | None:
-        """Ask a stored prompt among the open changes that nobody has tried; nothing of them can be imitated."""
-        if self._objective.name != "outcome":
-            return None
-        known = [(change, self.knowledge.gain(item.lesson.baseline, change)) for change in self.open_changes(item)]
-        untried = [(change, guess) for change, guess in known if guess is None or isinstance(guess, Guess)]
-        if not 2 <= len(untried) < len(known):
-            return None
-        return TrainingRow(
-            id=f"{item.id}/untried",
-            prompt=item.prompt,
-            candidates=tuple(candidate_text(change) for change, _ in untried),
-            choice=tuple(self._objective.choice([guess for _, guess in untried])),
-        )
 
     def open_changes(self, item: Item) -> list[Change]:
         """Return the changes that were open when a stored prompt was asked."""

@@ -113,8 +113,7 @@ def reachable(name: str) -> NDArray[np.float64]:
     tab = table(name)
     found = tab.truth.copy()
     for row in np.argsort(tab.truth):
-        for config in tab.neighbours(tab.configs[row]):
-            near = tab.index_of(config)
+        for near in tab.near[row]:
             if tab.truth[near] < tab.truth[row] - clear_step(tab):
                 found[row] = min(found[row], found[near])
     return found

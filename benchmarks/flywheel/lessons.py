@@ -17,6 +17,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -91,7 +92,8 @@ def _attempt(number: int, turn: Turn) -> Attempt:
     return Attempt(**{**empty, **said})  # type: ignore[arg-type]
 
 
-def worth(tab: Table) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
+@lru_cache(maxsize=64)
+def worth(tab: Table) -> NDArray[np.float64]:
     """What is missing after each change of each configuration: now and, ever less important, in the turns after it.
 
     The action values (Watkins 1989) of a campaign that knows its table, discounted by `AHEAD` a turn: a change is kept
@@ -99,34 +101,27 @@ def worth(tab: Table) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
     improves; these values lead past them.
 
     Returns:
-        The rows of the table that each configuration's changes lead to, and their values: (configurations, changes).
+        (configurations, changes), in the order of `Table.near`.
     """
-    if tab not in _WORTH:
-        near = np.array([[tab.index_of(each) for each in tab.neighbours(config)] for config in tab.configs])
-        missing = np.nan_to_num((tab.truth - tab.best) / float(np.nanmedian(tab.truth) - tab.best), nan=np.inf)
-        best = np.full(len(missing), np.inf)
-        values = np.full(near.shape, np.inf)
-        for row in np.argsort(missing)[: np.isfinite(missing).sum()]:
-            here, there = missing[row], missing[near[row]]
-            kept = np.where(there < here, 1 / (1 + np.exp(2 - (here - there) / CLEAR)), 0.0)
-            gone = np.where(there < here, (1 - AHEAD) * there + AHEAD * best[near[row]], 0.0)
-            stayed = (1 - AHEAD) * here
-            again = (kept * gone + (1 - kept) * stayed) / (1 - (1 - kept) * AHEAD)  # proposed until it is kept
-            best[row] = again.min()
-            values[row] = kept * gone + (1 - kept) * (stayed + AHEAD * best[row])
-        _WORTH[tab] = near, values
-    return _WORTH[tab]
-
-
-_WORTH: dict[Table, tuple[NDArray[np.int_], NDArray[np.float64]]] = {}
+    missing = (tab.truth - tab.best) / float(np.median(tab.truth) - tab.best)
+    best, values = np.zeros(len(missing)), np.zeros(tab.near.shape)
+    for row in np.argsort(missing):
+        here, there = missing[row], missing[tab.near[row]]
+        kept = np.where(there < here, 1 / (1 + np.exp(2 - (here - there) / CLEAR)), 0.0)
+        gone = (1 - AHEAD) * there + AHEAD * best[tab.near[row]]
+        stayed = (1 - AHEAD) * here
+        again = (kept * gone + (1 - kept) * stayed) / (1 - (1 - kept) * AHEAD)  # proposed until it is kept
+        best[row] = again.min()
+        values[row] = kept * gone + (1 - kept) * (stayed + AHEAD * best[row])
+    return values
 
 
 def target(campaign: Campaign, moves: Sequence[Change]) -> list[float]:
     """The listwise target over the legal changes: exp(-worth / temperature), from the table's measured means."""
-    near, values = worth(campaign.table)
-    row = campaign.table.index_of(campaign.baseline)
-    of = dict(zip(near[row].tolist(), values[row].tolist(), strict=True))
-    found = [of[campaign.table.index_of({**campaign.baseline, move.knob: move.value})] for move in moves]
+    tab = campaign.table
+    row = tab.index_of(campaign.baseline)
+    of = dict(zip(tab.near[row].tolist(), worth(tab)[row].tolist(), strict=True))
+    found = [of[tab.index_of({**campaign.baseline, move.knob: move.value})] for move in moves]
     least = min(found)
     weights = [math.exp((least - value) / TEMPERATURE) for value in found]
     return [weight / sum(weights) for weight in weights]

@@ -59,7 +59,6 @@ DISTILL = {
     "min_knobs": 1,
     "max_share": 1.0,
     "holdout": 1,
-    "augment": ["untried", "permute", "synthetic"],
     "epochs": 20,
     "batch": 4,
     "learning_rate": 5e-4,

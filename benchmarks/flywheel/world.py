@@ -89,11 +89,15 @@ class Table:
 
     def reach(self, start: int) -> float:
         """The share of the possible gain from `start` that its best single change takes."""
-        near = min(self.truth[self.index_of(config)] for config in self.neighbours(self.configs[start]))
-        return float((self.truth[start] - near) / (self.truth[start] - self.best))
+        best = self.truth[self.near[start]].min()
+        return float((self.truth[start] - best) / (self.truth[start] - self.best))
 
-    def neighbours(self, config: Config) -> Iterator[dict[str, int | float]]:
-        """Yield the configurations that are one change away."""
+    @cached_property
+    def near(self) -> NDArray[np.int_]:
+        """The rows that are one change away from each: (configurations, changes)."""
+        return np.array([[self.index_of(each) for each in self._beside(config)] for config in self.configs])
+
+    def _beside(self, config: Config) -> Iterator[dict[str, int | float]]:
         for name, values in self.task.setting.choices.items():
             for value in values:
                 if value != config[name]:

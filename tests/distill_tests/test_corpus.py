@@ -29,7 +29,7 @@ from ..agent_tests.campaigns import run
 from ..store_tests.trajectories import SEED_FILE, as_bytes, attempt, header
 from .histories import Chronicle, small_campaign
 
-ALL = ("permute", "earlier", "subsample", "synthetic", "untried")
+ALL = ("permute", "earlier", "subsample", "synthetic")
 EASY = {"min_rows": 1, "min_pairs": 1, "min_knobs": 1, "max_share": 1.0}
 
 
@@ -318,21 +318,6 @@ def test_each_kind_of_augmentation_can_be_the_only_one(tmp_path: Path, store: Sq
     assert set(corpus.report.variants) == {kind}
     assert {row.epoch for row in corpus.rows if "/" in row.id} <= {1, 3}
     assert {row.epoch for row in corpus.rows if "/" not in row.id} >= {0, 2}
-
-
-def test_the_untried_are_asked_about_among_themselves(chronicle: Chronicle) -> None:
-    for value, gain in ((3, 0.05), (4, 0.04), (9, -0.3)):
-        chronicle.turn("b", value, gain)
-    chronicle.turn("c", "y", -0.01)
-    chronicle.turn("a", 0.125)
-    corpus = corpus_of(chronicle, holdout=1, augment=("untried",), epochs=2)
-    whole, among = ([row for row in corpus.rows if ("/untried" in row.id) == wanted] for wanted in (False, True))
-    assert among
-    tried = {f'{{"knob": "b", "new_value": {value},' for value in (3, 4, 9)} | {'{"knob": "c", "new_value": "y",'}
-    for row in among:
-        asked = next(each for each in whole if row.id == f"{each.id}/untried")
-        assert (row.prompt, set(row.candidates)) == (asked.prompt, set(asked.candidates) - tried)
-        assert sum(row.choice) == pytest.approx(1.0)
 
 
 def test_the_same_history_and_seed_give_the_same_corpus(chronicle: Chronicle) -> None:
