@@ -33,7 +33,7 @@ from overnight.agent.proposers.candidates import probabilities
 from overnight.agent.run import cache_folder
 from overnight.agent.turns import prompt_frame
 from overnight.distill.base import find_base
-from overnight.distill.corpus import Corpus, build_corpus
+from overnight.distill.corpus import Corpus, build_corpus, reconstruct_prompts
 from overnight.distill.host import ModelHost
 from overnight.distill.knowledge import Knowledge
 from overnight.distill.lessons import read_lessons
@@ -78,7 +78,7 @@ def judge(chances: Sequence[Sequence[float]], turns: Sequence[HeldOut]) -> dict[
         losses.append(-math.fsum(t * math.log(max(chance, 1e-30)) for t, chance in zip(turn.target, p, strict=True)))
     return {
         "cross_entropy": statistics.fmean(losses),
-        "expected_gain": statistics.fmean(gains),
+        "expected_gain": statistics.fmean(gains) if gains else math.nan,
         "coverage": statistics.fmean(coverage),
         "entropy": statistics.fmean(-math.fsum(c * math.log(c) for c in p if c > 0) for p in chances),
         "distinct": len(firsts),
@@ -115,6 +115,9 @@ def run(options: argparse.Namespace) -> None:
     campaign = with_distill(campaign, **floors, learning_rate=options.learning_rate, max_share=1.0, write=options.write)
     frame, state = prompt_frame(campaign), store.campaign(options.campaign)
     assert state is not None
+    if store.unprompted(state.id):  # an imported trajectory; its prompts are rendered into the database once
+        with store.writing(store.acquire(state.id)) as writer:
+            reconstruct_prompts(store, state, frame, writer)
     everything, _ = read_lessons(store, state.id, campaign.menu)
     truth = Knowledge(everything, store.screening_sums(state.id), campaign.menu)
     judged = with_distill(campaign, objective="outcome")
