@@ -131,11 +131,20 @@ class OpenChanges:
 
     def at(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> list[Change]:
         """Return what was open when a lesson was proposed, where `is_done` says what nothing new was to come of."""
+        return [*self.repeats(lesson, is_done)]
+
+    def repeats(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> dict[Change, bool]:
+        """Return what was open when a lesson was proposed, and whether it would repeat what had been decided.
+
+        Nothing would where `R6_novelty` is in force.
+        """
         legal = self._of(lesson.baseline, lesson.refinement)
-        found = [change for change, key in legal.moves if not (self._frame.novelty and is_done(key))]
-        knobs, known = {change.knob for change in found}, set(found)
-        beside = (change for change, key in legal.beside if change.knob in knobs and not is_done(key))
-        return [*found, *(change for change in beside if change not in known)]
+        found = {change: done for change, key in legal.moves if not ((done := is_done(key)) and self._frame.novelty)}
+        knobs = {change.knob for change in found}
+        for change, key in legal.beside:
+            if change.knob in knobs and not is_done(key):
+                found.setdefault(change, False)
+        return found
 
     def before(self, number: int) -> Callable[[ConfigKey], bool]:
         """Return what was done with when the lesson at index `number` was proposed."""

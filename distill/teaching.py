@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from overnight.distill.augment import Augmenter, Variation
 from overnight.distill.histories import Frame, OpenChanges
-from overnight.distill.knowledge import Knowledge
+from overnight.distill.knowledge import Knowledge, Known
 from overnight.distill.lessons import ConfigKey, Lesson
 from overnight.distill.objective import Objective
 from overnight.distill.rows import Reply, TrainingRow
@@ -94,10 +94,11 @@ class Teacher:
     def _outcome(
         self, row_id: str, prompt: str, lesson: Lesson, is_done: Callable[[ConfigKey], bool]
     ) -> TrainingRow | None:
-        changes = self._open.at(lesson, is_done)
-        if len(changes) < 2:
+        repeats = self._open.repeats(lesson, is_done)
+        if len(repeats) < 2:
             return None
-        known = [self.knowledge.gain(lesson.baseline, change) for change in changes]
+        changes = [*repeats]
+        known = [self._promised(lesson, change, is_repeat=again) for change, again in repeats.items()]
         choice = self._objective.choice(known)
         best = max(range(len(changes)), key=choice.__getitem__)
         writes = self._write > 0 and isinstance(known[best], Posterior)
@@ -108,6 +109,13 @@ class Teacher:
             choice=tuple(choice),
             replies=(Reply(self._reply(changes[best]), self._write),) if writes else (),
         )
+
+    def _promised(self, lesson: Lesson, change: Change, *, is_repeat: bool) -> Known:
+        """Return what a change still had to give: of one that had been decided, no gain."""
+        known = self.knowledge.gain(lesson.baseline, change)
+        if is_repeat and isinstance(known, Posterior):
+            return Posterior(min(known.mean, 0.0), known.se)
+        return known
 
     def _reply(self, change: Change) -> str:
         return reply_text(change.knob, change.value, self._reasons.get(change, ""))

@@ -59,7 +59,7 @@ DISTILL = {
     "min_knobs": 1,
     "max_share": 1.0,
     "holdout": 1,
-    "epochs": 20,
+    "epochs": 10,
     "batch": 4,
     "learning_rate": 5e-4,
 }
@@ -148,6 +148,7 @@ def measure(job: Job) -> dict[str, Any]:
             "seed": seed,
             "missing": curve(store, world, turns),
             "distilled": asked(store, "SELECT iteration, version, rows, wall_s, failure FROM distillations"),
+            "duels": asked(store, "SELECT count(*) FROM duels WHERE settled_at > ''")[0][0],
             "switches": list(switches(store, world.table)),
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -238,8 +239,8 @@ def main() -> None:
             done = {(result["task"], result["seed"]) for result in map(json.loads, lines)}
             jobs = [
                 (arm, task, seed, given.turns, student)
-                for task in given.tasks
                 for seed in range(given.seeds)
+                for task in given.tasks
                 if (task, seed) not in done
             ]
             with file.open("a") as stream:

@@ -155,6 +155,20 @@ def test_what_was_measured_is_open_again_only_where_repeats_are_allowed(
     assert (x in fourth) == bool(skip)  # this would be the first one again
 
 
+def test_where_repeats_are_allowed_a_gain_is_taught_to_those_who_were_asked_before_it(
+    tmp_path: Path, store: SqlStore
+) -> None:
+    chronicle = Chronicle(store, small_campaign(tmp_path, rails={"skip": ["R6_novelty"]}))
+    chronicle.turn("b", 2, 0.4)
+    for value in (0.0, 0.125, 0.25):
+        chronicle.turn("a", value, -0.1)
+    before, after, *_ = corpus_of(chronicle, holdout=1).rows
+    two = '{"knob": "b", "new_value": 2,'
+    chances = [dict(zip(row.candidates, row.choice, strict=True)) for row in (before, after)]
+    assert chances[0][two] == max(chances[0].values()) > 3 / len(before.candidates)
+    assert chances[1][two] < max(chances[1].values())  # it was gained already: nothing new would come of it
+
+
 def test_after_a_refinement_the_finer_grid_is_open_to_whoever_was_asked_then(chronicle: Chronicle) -> None:
     chronicle.turn("a", 0.125)
     with chronicle.together() as writer:
