@@ -141,18 +141,20 @@ class Others:
     """Ranks the reachable configurations by their mean standing over the other tasks with the same menu."""
 
     def __init__(self, campaign: Campaign) -> None:
-        task = campaign.table.task
-        others = [t for t in TASKS if t.setting is task.setting and t.kind != task.kind]
-        standings = []
-        for other in others:
-            truth = table(other.name).truth
-            standings.append((truth - truth.mean()) / truth.std())
-        self._standing = np.mean(standings, axis=0)
+        self._standing = others_standing(campaign.table)
 
     def propose(self, campaign: Campaign) -> Proposal | None:
         """Return the best standing among the legal changes."""
         configs = [applied(campaign, move) for move in campaign.moves()]
         return min(configs, key=lambda config: self._standing[campaign.table.index_of(config)], default=None)
+
+
+def others_standing(tab: Table) -> NDArray[np.float64]:
+    """Mean standing of each configuration, in standard deviations, over the other texts' tables with the same menu."""
+    others = [t for t in TASKS if t.setting is tab.task.setting and t.kind != tab.task.kind]
+    truths = [table(other.name).truth for other in others]
+    found: NDArray[np.float64] = np.mean([(truth - truth.mean()) / truth.std() for truth in truths], axis=0)
+    return found
 
 
 def play(arm: Arm, campaign: Campaign, turns: int) -> dict[str, object]:

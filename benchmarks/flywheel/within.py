@@ -91,16 +91,6 @@ class Newest:
 
 def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], folder: Path) -> Campaign:
     """Return the campaign file of a task, a start and an arm."""
-    setting = world.table.task.setting
-    knobs = {
-        name: {
-            "type": "float" if any(isinstance(value, float) for value in values) else "int",
-            "choices": list(values),
-            "default": world.start[name],
-            "doc": DOCS[name],
-        }
-        for name, values in setting.choices.items()
-    }
     router: dict[str, Any] = {"champion": "teacher", "warmup": False, "explore": 0.0, "duel_share": 0.0}
     if arm != "teacher":
         router["challenger"] = "student"
@@ -109,15 +99,29 @@ def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], 
     if arm in ("routed", "inherited", "reversed"):
         router |= {"duel_share": 0.5, "max_latency_s": 60.0}
     taught = {"adapter": str(ADAPTERS / world.table.task.kind)} if arm in ("inherited", "reversed") else {}
+    cast = {"teacher": dict(student), "student": {**student, **taught}}
+    more = {} if taught else {"distill": dict(DISTILL)}
+    return campaign_on(world, turns, folder, proposers=cast, router=router, **more)
+
+
+def campaign_on(world: World, turns: int, folder: Path, **sections: Mapping[str, Any]) -> Campaign:
+    """Return the campaign file of a task and a start, with some sections of its own."""
+    knobs = {
+        name: {
+            "type": "float" if any(isinstance(value, float) for value in values) else "int",
+            "choices": list(values),
+            "default": world.start[name],
+            "doc": DOCS[name],
+        }
+        for name, values in world.table.task.setting.choices.items()
+    }
     data = {
         "campaign": {"name": "c", "trainer": "scripted", "seed": world.seed},
         "metric": {"name": "val_bpb"},
         "budget": {"iterations": turns},
         "decision": {"min_gain": 0.0, "alpha": 0.05, "calibration_trials": 5, "max_trials": 5, "audit": 0.0},
         "knobs": knobs,
-        "proposers": {"teacher": dict(student), "student": {**student, **taught}},
-        "router": router,
-        **({} if taught else {"distill": dict(DISTILL)}),
+        **sections,
     }
     return parse_campaign(data, folder / "campaign.toml")
 
@@ -148,7 +152,7 @@ def measure(job: Job) -> dict[str, Any]:
             "seed": seed,
             "missing": curve(store, world, turns),
             "distilled": asked(store, "SELECT iteration, version, rows, wall_s, failure FROM distillations"),
-            "duels": asked(store, "SELECT count(*) FROM duels WHERE settled_at > ''")[0][0],
+            **duelled(store),
             "switches": list(switches(store, world.table)),
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -171,6 +175,15 @@ def curve(store: SqlStore, world: World, turns: int) -> list[float]:
             held = store.config_of(kept[turn])  # type: ignore[assignment]
         found.append(round(world.table.missing(held, world.start), 5))
     return found
+
+
+def duelled(store: SqlStore) -> dict[str, Any]:
+    """Return how many duels were settled, and the last e-value in favour of who did not propose."""
+    weighed = asked(store, "SELECT payload FROM events WHERE kind LIKE '%weighed' ORDER BY id DESC LIMIT 1")
+    return {
+        "duels": asked(store, "SELECT count(*) FROM duels WHERE settled_at > ''")[0][0],
+        "e_value": json.loads(weighed[0][0])["e_value"] if weighed else None,
+    }
 
 
 def switches(store: SqlStore, tab: Table) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,153 @@
+"""The router on these tasks: does it promote who proposes better, and send back who proposes worse?
+
+    python -P benchmarks/flywheel/router.py [--seeds 10] [--turns 100] [--processes N]
+
+Whole campaigns of the product on all twelve tables, with half of the free turns duelled. Two contestants whose order is
+known beforehand, neither a language model: `uniform` draws from the open changes, `knowing` draws by what the tables
+with the same menu and another text say of the configuration (as the arm `others` ranks), never by its own.
+
+`better`            `knowing` challenges `uniform`: a promotion is right
+`worse`             `uniform` challenges `knowing`: a promotion is wrong
+`equal`             `uniform` challenges `uniform`: so it is here
+`installed-worse`   `uniform` was made champion by hand in the place of `knowing`: a rollback is right
+`installed-better`  the other way round: a rollback is wrong
+
+Appends one JSON line a campaign to results/router-ARM.jsonl and skips what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from arms import others_standing
+from tasks import TASKS
+from within import RESULTS, campaign_on, curve, duelled, switches
+from world import Campaign as World
+from world import table
+
+from overnight.agent.proposers.protocol import Answer, Ask, Proposer, change_key, reply_text
+from overnight.agent.run import open_runtime, run_campaign
+from overnight.agent.switching import by_hand
+from overnight.store.hashing import JsonValue
+from overnight.store.sql_store import SqlStore
+from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
+
+ARMS = {
+    "better": ("uniform", "knowing", None),
+    "worse": ("knowing", "uniform", None),
+    "equal": ("uniform", "again", None),
+    "installed-worse": ("knowing", "uniform", "uniform"),
+    "installed-better": ("uniform", "knowing", "knowing"),
+}
+"""Champion, challenger, and who is promoted by hand before the first turn."""
+ALPHAS = (0.05, 0.4)
+"""The product's default, and what somebody would set who is content with being right more often than not."""
+TEMPERATURE = 0.1
+"""Of `knowing`, in standard deviations of the other tables."""
+
+
+class Drawn:
+    """Draws a change, uniformly or by the other tables."""
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self._table = world.table
+        self._standing = others_standing(world.table) if name == "knowing" else None
+
+    def propose(self, ask: Ask) -> Answer:
+        """See `Proposer.propose`."""
+        weights = [self._weight({**ask.baseline, move.knob: move.value}) for move in ask.moves]
+        total = math.fsum(weights)
+        move = random.Random(f"{self.name}/{ask.seed}").choices(ask.moves, weights)[0]
+        chances = {change_key(each): weight / total for each, weight in zip(ask.moves, weights, strict=True)}
+        return Answer(reply=reply_text(move.knob, move.value, ""), latency_s=0.0, probabilities=chances)
+
+    def _weight(self, config: Mapping[str, object]) -> float:
+        return 1.0 if self._standing is None else math.exp(-self._standing[self._table.index_of(config)] / TEMPERATURE)
+
+    def describe(self) -> Mapping[str, JsonValue]:
+        """See `Proposer.describe`."""
+        return {"kind": self.name}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def measure(job: tuple[str, float, str, int, int]) -> dict[str, Any]:
+    """Run one campaign."""
+    arm, alpha, task, seed, turns = job
+    champion, challenger, installed = ARMS[arm]
+    world, started = World(table(task), seed), time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        router = {"champion": champion, "challenger": challenger, "warmup": False, "explore": 0.0, "duel_share": 0.5}
+        router |= {"alpha": alpha}
+        names = (champion, challenger)
+        of = campaign_on(
+            world, turns, Path(temporary), proposers={name: {"kind": "random"} for name in names}, router=router
+        )
+        cast: dict[str, Proposer] = {name: Drawn(name, world) for name in names}
+        store = SqlStore.open(Path(temporary) / "store.db", create=True)
+        trainer = ScriptedTrainer(ScriptedSettings(holdout=False), fn=world.measure)
+        runtime = open_runtime(of, store, trainer=trainer, proposers=cast)
+        try:
+            if installed is not None:
+                by_hand(runtime, runtime.state(), 0, "promote_requested", {"proposer": installed})
+            run_campaign(runtime)
+        finally:
+            runtime.close()
+        found = {
+            "arm": arm,
+            "alpha": alpha,
+            "task": task,
+            "seed": seed,
+            "missing": curve(store, world, turns),
+            **duelled(store),
+            "switches": [each for each in switches(store, world.table) if each["turn"] > 0],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        store.close()
+    return found
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    given.out.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+        for arm in given.arms:
+            file = given.out / f"router-{arm}.jsonl"
+            lines = file.read_text().splitlines() if file.exists() else []
+            done = {(result["alpha"], result["task"], result["seed"]) for result in map(json.loads, lines)}
+            wanted = [(alpha, task.name, seed) for seed in range(given.seeds) for alpha in ALPHAS for task in TASKS]
+            jobs = [(arm, *each, given.turns) for each in wanted if each not in done]
+            with file.open("a") as stream:
+                for number, result in enumerate(pool.imap_unordered(measure, jobs), 1):
+                    stream.write(json.dumps(result, separators=(",", ":")) + "\n")
+                    stream.flush()
+                    print(f"\r{arm}: {number} of {len(jobs)} campaigns ", end="", file=sys.stderr, flush=True)
+            if jobs:
+                print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
