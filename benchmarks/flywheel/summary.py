@@ -13,6 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,7 +38,12 @@ CHECKS = (
 """Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
-WITHIN = ("teacher", "retrained", "routed", "inherited", "reversed")
+WITHIN = ("teacher", "retrained", "routed", "inherited", "taught")
+ROUTER = ("better", "worse", "equal", "installed-worse", "installed-better")
+ROUTER_HEAD = (
+    "| arm | campaigns | duels each | last e-value, median | promotions | right by the truth | rollbacks | right |",
+    "|" + "---|" * 8,
+)
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#e0a030", "#555555", "#00a5a5", "#a0522d")
 SHOWN = ("outcome-greedy", "student+tpe", "zero-shot", "tpe", "free-tpe", "random", "others", "cheat")
 
@@ -129,7 +135,7 @@ def markdown(curves: dict[str, Curves], spent: dict[str, dict[str, float]]) -> s
         lines.append(
             f"| {arm} | {s['trials']:.2f} | {s['repeats']:.3f} | {s['knobs']:.1f} | {own} | {1e3 * s['seconds']:.1f} |"
         )
-    lines += [*_within(), "", "## Tasks", "", *_tasks()]
+    lines += [*_within(), *_router(), "", "## Tasks", "", *_tasks()]
     return "\n".join(lines) + "\n"
 
 
@@ -137,6 +143,9 @@ def _ratio_line(one: str, other: str, mine: Curves, theirs: Curves) -> str:
     cells = []
     a, b = measures(mine), measures(theirs)
     for column in ("10", "area to 25", "50"):
+        if column not in a or column not in b:
+            cells.append("")
+            continue
         seeds = min(a[column].shape[1], b[column].shape[1])
         value, low, high = ratio(a[column][:, :seeds], b[column][:, :seeds])
         cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
@@ -144,45 +153,100 @@ def _ratio_line(one: str, other: str, mine: Curves, theirs: Curves) -> str:
 
 
 def _within() -> list[str]:
-    """The campaigns of `within.py`: what a student learned from its own campaign, and what the router made of it."""
-    results = {}
-    for arm in WITHIN:
-        file = HERE / "results" / f"within-{arm}.jsonl"
-        if file.exists():
-            results[arm] = {(r["task"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
+    """The campaigns of `within.py`: what a student learned from its own campaign, each arm beside the teacher."""
+    results = {arm: found for arm in WITHIN if (found := _lines(f"within-{arm}"))}
     if "teacher" not in results:
         return []
-    common = sorted(set.intersection(*(set(found) for found in results.values())))
-    names = sorted({task for task, _ in common})
-    seeds = min(sum(task == name for task, _ in common) for name in names)
-    curves = {
-        arm: np.array([[found[key]["missing"] for key in common if key[0] == name][:seeds] for name in names])
-        for arm, found in results.items()
-    }
     lines = [
         "",
         "## Within a campaign",
         "",
-        f"{len(names)} tasks, {seeds} seeds; `within.py` says what the arms are.",
-        "",
+        "`within.py` says what the arms are; each is set beside the teacher on the",
     ]
-    lines += ["| arm | 10 | 25 | 50 | area to 25 |", "|---|---|---|---|---|"]
-    for arm, found in curves.items():
-        cells = measures(found)
-        lines.append(
-            f"| {arm} | " + " | ".join(f"{cells[c].mean():.3f}" for c in ("10", "25", "50", "area to 25")) + " |"
-        )
-    lines += ["", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |", "|---|---|---|---|---|---|"]
-    lines += [_ratio_line(arm, "teacher", curves[arm], curves["teacher"]) for arm in curves if arm != "teacher"]
-    lines += ["", "| the router | campaigns | promotions | right by the truth | rollbacks | right |", "|" + "---|" * 6]
-    for arm in (arm for arm in curves if arm not in ("teacher", "retrained")):
-        switches = [switch for found in results[arm].values() for switch in found["switches"]]
-        cells = []
-        for kind in ("promotion", "rollback"):
-            made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
-            cells += [len(made), sum(s["new"] > s["old"] for s in made)]
-        lines.append(f"| {arm} | {len(results[arm])} | " + " | ".join(map(str, cells)) + " |")
+    lines += ["campaigns that both played.", ""]
+    lines += ["| arm | campaigns | at 10 | at 25 | area to 25 | teacher's area | duels |", "|" + "---|" * 7]
+    ratios = []
+    for arm, found in results.items():
+        mine, theirs = _beside(found, results["teacher"])
+        own, other = measures(mine), measures(theirs)
+        duels = [r["duels"] for r in found.values() if "duels" in r]
+        cells = [f"{own[c].mean():.3f}" for c in ("10", "25", "area to 25")] + [f"{other['area to 25'].mean():.3f}"]
+        cells.append(f"{np.mean(duels):.1f}" if duels else "")
+        lines.append(f"| {arm} | {mine.shape[0] * mine.shape[1]} | " + " | ".join(cells) + " |")
+        if arm != "teacher":
+            ratios.append(_ratio_line(arm, "teacher", mine, theirs))
+    lines += ["", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |", "|---|---|---|---|---|---|", *ratios]
+    contests = {arm: found for arm, found in results.items() if arm in ("routed", "inherited")}
+    lines += [
+        "",
+        "What the router made of it:",
+        "",
+        *ROUTER_HEAD,
+        *(_router_line(arm, contests[arm]) for arm in contests),
+    ]
     return lines
+
+
+def _router() -> list[str]:
+    """The campaigns of `router.py`: contestants whose order is known."""
+    lines = []
+    for arm in ROUTER:
+        found = list(_lines(f"router-{arm}", "alpha").values())
+        for alpha in sorted({r["alpha"] for r in found}):
+            own = {(r["task"], r["seed"]): r for r in found if r["alpha"] == alpha}
+            lines.append(_router_line(f"{arm}, alpha {alpha:g}", own))
+    if not lines:
+        return []
+    return [
+        "",
+        "## The router",
+        "",
+        "Contestants whose order is known, on all twelve tables (`router.py`).",
+        "",
+        *ROUTER_HEAD,
+        *lines,
+    ]
+
+
+def _router_line(name: str, found: dict[Any, dict[str, Any]]) -> str:
+    switches = [switch for result in found.values() for switch in result["switches"]]
+    cells: list[object] = [
+        len(found),
+        f"{np.mean([r['duels'] for r in found.values()]):.1f}" if _has_duels(found) else "",
+    ]
+    values = [r["e_value"] for r in found.values() if r.get("e_value") is not None]
+    cells.append(f"{np.median(values):.2f} (up to {max(values):.1f})" if values else "")
+    for kind in ("promotion", "rollback"):
+        made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
+        cells += [len(made), sum(s["new"] > s["old"] for s in made)]
+    return f"| {name} | " + " | ".join(map(str, cells)) + " |"
+
+
+def _has_duels(found: dict[Any, dict[str, Any]]) -> bool:
+    return all("duels" in result for result in found.values())
+
+
+def _lines(name: str, *more: str) -> dict[Any, dict[str, Any]]:
+    """The campaigns of a file, by task, seed and whatever else tells them apart."""
+    file = HERE / "results" / f"{name}.jsonl"
+    if not file.exists():
+        return {}
+    return {
+        (r["task"], r["seed"], *(r[each] for each in more)): r for r in map(json.loads, file.read_text().splitlines())
+    }
+
+
+def _beside(one: dict[Any, dict[str, Any]], other: dict[Any, dict[str, Any]]) -> tuple[Curves, Curves]:
+    """The curves of two arms on the campaigns that both played, as far as both went: (tasks, seeds, turns)."""
+    common = sorted(one.keys() & other.keys())
+    names = sorted({task for task, _ in common})
+    seeds = min(sum(task == name for task, _ in common) for name in names)
+    turns = min(len(found[key]["missing"]) for key in common for found in (one, other))
+
+    def curves(found: dict[Any, dict[str, Any]]) -> Curves:
+        return np.array([[found[k]["missing"][:turns] for k in common if k[0] == name][:seeds] for name in names])
+
+    return curves(one), curves(other)
 
 
 def _preamble() -> list[str]:

@@ -9,7 +9,7 @@ from a table. Four tasks. The arms have the same starts and noise; the first thr
 `retrained`  the same model, with the newest adapter trained on this very campaign from the first distillation on
 `routed`     the product as it is: the teacher has the turn, the student duels it and is promoted on the evidence
 `inherited`  the same, but the student was taught on campaigns about other texts (`students.py` leaves its adapter)
-`reversed`   that student has the turn, and the teacher challenges it
+`taught`     that student proposes all turns
 
 Appends one JSON line a campaign to results/within-ARM.jsonl and skips what is there, so that a run that was stopped
 goes on. It also says, for each promotion and rollback, who really proposed better in the duels of the two: the mean of
@@ -48,22 +48,22 @@ from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 RESULTS = Path(__file__).parent / "results"
 ADAPTERS = Path(__file__).parents[2] / "build" / "flywheel"
 """Where `students.py` leaves what it trained."""
-ARMS = ("teacher", "retrained", "routed", "inherited", "reversed")
+ARMS = ("teacher", "retrained", "routed", "inherited", "taught")
 CHOSEN = ("python-tokens", "english-steps", "records-bpe", "algebra-steps")
 """One task of each kind of text, every setting among them."""
 STUDENT = {"kind": "student", "base_model": "smollm2-135m", "mode": "score", "neighbours": False}
 DISTILL = {
-    "every": 4,
-    "min_rows": 4,
-    "min_pairs": 2,
+    "every": 2,
+    "min_rows": 2,
+    "min_pairs": 1,
     "min_knobs": 1,
     "max_share": 1.0,
     "holdout": 1,
-    "epochs": 10,
+    "epochs": 6,
     "batch": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
 }
-"""Sixteen changes are open from a configuration, and half the campaigns end before turn 40: learn early."""
+"""Sixteen changes are open from a configuration, and half the campaigns end before turn 40: learn at once."""
 Job = tuple[str, str, int, int, Mapping[str, Any]]
 
 
@@ -92,13 +92,13 @@ class Newest:
 def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], folder: Path) -> Campaign:
     """Return the campaign file of a task, a start and an arm."""
     router: dict[str, Any] = {"champion": "teacher", "warmup": False, "explore": 0.0, "duel_share": 0.0}
-    if arm != "teacher":
+    if arm == "taught":
+        router["champion"] = "student"
+    elif arm != "teacher":
         router["challenger"] = "student"
-    if arm == "reversed":
-        router |= {"champion": "student", "challenger": "teacher"}
-    if arm in ("routed", "inherited", "reversed"):
+    if arm in ("routed", "inherited"):
         router |= {"duel_share": 0.5, "max_latency_s": 60.0}
-    taught = {"adapter": str(ADAPTERS / world.table.task.kind)} if arm in ("inherited", "reversed") else {}
+    taught = {"adapter": str(ADAPTERS / world.table.task.kind)} if arm in ("inherited", "taught") else {}
     cast = {"teacher": dict(student), "student": {**student, **taught}}
     more = {} if taught else {"distill": dict(DISTILL)}
     return campaign_on(world, turns, folder, proposers=cast, router=router, **more)
