@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import others_standing
 from tasks import TASKS
-from within import RESULTS, campaign_on, curve, duelled, switches
+from within import RESULTS, campaign_on, duelled, switches
 from world import Campaign as World
 from world import table
 
@@ -113,7 +113,6 @@ def measure(job: tuple[str, float, str, int, int]) -> dict[str, Any]:
             "alpha": alpha,
             "task": task,
             "seed": seed,
-            "missing": curve(store, world, turns),
             **duelled(store),
             "switches": [each for each in switches(store, world.table) if each["turn"] > 0],
             "seconds": round(time.perf_counter() - started, 1),
