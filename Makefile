@@ -55,6 +55,7 @@ flywheel: install
 	  done; done || true
 	command -v nvidia-smi >/dev/null && $(BIN)/python -P benchmarks/flywheel/within.py || true
 	$(BIN)/python -P benchmarks/flywheel/run.py
+	$(BIN)/python -P benchmarks/flywheel/router.py
 	$(BIN)/python -P benchmarks/flywheel/summary.py
 
 clean:
