@@ -52,7 +52,7 @@ def load() -> tuple[dict[str, Curves], dict[str, dict[str, float]]]:
     """Read every arm's curves and what it spent, for the tasks and seeds that all of its file has."""
     found: dict[str, dict[tuple[str, int], dict[str, object]]] = defaultdict(dict)
     for file in sorted((HERE / "results").glob("*.jsonl")):
-        if not file.name.startswith("within-"):
+        if not file.name.startswith(("within-", "router-")):
             for line in file.read_text().splitlines():
                 result = json.loads(line)
                 found[result["arm"]][result["task"], result["seed"]] = result
