@@ -60,7 +60,7 @@ DISTILL = {
     "max_share": 1.0,
     "holdout": 1,
     "epochs": 6,
-    "batch": 4,
+    "batch": 8,
     "learning_rate": 1e-3,
 }
 """Sixteen changes are open from a configuration, and half the campaigns end before turn 40: learn at once."""
