@@ -59,9 +59,9 @@ DISTILL = {
     "min_knobs": 1,
     "max_share": 1.0,
     "holdout": 1,
-    "epochs": 6,
-    "batch": 8,
-    "learning_rate": 1e-3,
+    "epochs": 12,
+    "batch": 16,
+    "learning_rate": 2e-3,
 }
 """Sixteen changes are open from a configuration, and half the campaigns end before turn 40: learn at once."""
 Job = tuple[str, str, int, int, Mapping[str, Any]]
