@@ -129,14 +129,10 @@ class OpenChanges:
             self._first.setdefault(changed_key(frame.menu, lesson.baseline, lesson.change), number)
         self._legal: dict[tuple[ConfigKey, int], _Legal] = {}
 
-    def at(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> list[Change]:
-        """Return what was open when a lesson was proposed, where `is_done` says what nothing new was to come of."""
-        return [*self.repeats(lesson, is_done)]
-
-    def repeats(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> dict[Change, bool]:
+    def at(self, lesson: Lesson, is_done: Callable[[ConfigKey], bool]) -> dict[Change, bool]:
         """Return what was open when a lesson was proposed, and whether it would repeat what had been decided.
 
-        Nothing would where `R6_novelty` is in force.
+        `is_done` says what nothing new was to come of; where `R6_novelty` is in force, that is not open.
         """
         legal = self._of(lesson.baseline, lesson.refinement)
         found = {change: done for change, key in legal.moves if not ((done := is_done(key)) and self._frame.novelty)}

@@ -79,7 +79,7 @@ class Teacher:
 
     def open_changes(self, item: Item) -> list[Change]:
         """Return the changes that were open when a stored prompt was asked."""
-        return self._open.at(item.lesson, self._open.before(item.asked))
+        return [*self._open.at(item.lesson, self._open.before(item.asked))]
 
     def _row(
         self, row_id: str, prompt: str, lesson: Lesson, is_done: Callable[[ConfigKey], bool]
@@ -94,11 +94,11 @@ class Teacher:
     def _outcome(
         self, row_id: str, prompt: str, lesson: Lesson, is_done: Callable[[ConfigKey], bool]
     ) -> TrainingRow | None:
-        repeats = self._open.repeats(lesson, is_done)
-        if len(repeats) < 2:
+        opened = self._open.at(lesson, is_done)
+        if len(opened) < 2:
             return None
-        changes = [*repeats]
-        known = [self._promised(lesson, change, is_repeat=again) for change, again in repeats.items()]
+        changes = [*opened]
+        known = [self._promised(lesson, change, is_repeat=again) for change, again in opened.items()]
         choice = self._objective.choice(known)
         best = max(range(len(changes)), key=choice.__getitem__)
         writes = self._write > 0 and isinstance(known[best], Posterior)

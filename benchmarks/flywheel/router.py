@@ -4,11 +4,12 @@
 
 Whole campaigns of the product on all twelve tables, with half of the free turns duelled. Two contestants whose order is
 known beforehand, neither a language model: `uniform` draws from the open changes, `knowing` draws by what the tables
-with the same menu and another text say of the configuration (as the arm `others` ranks), never by its own.
+with the same menu and another text say of the configuration (as the arm `others` ranks), never by its own. At the
+product's `[router] alpha` and at a bold one.
 
 `better`            `knowing` challenges `uniform`: a promotion is right
 `worse`             `uniform` challenges `knowing`: a promotion is wrong
-`equal`             `uniform` challenges `uniform`: so it is here
+`equal`             `uniform` challenges `uniform`: a promotion is for nothing
 `installed-worse`   `uniform` was made champion by hand in the place of `knowing`: a rollback is right
 `installed-better`  the other way round: a rollback is wrong
 
@@ -18,7 +19,6 @@ Appends one JSON line a campaign to results/router-ARM.jsonl and skips what is t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import others_standing
+from resumed import add, stored
 from tasks import TASKS
 from within import RESULTS, campaign_on, duelled, switches
 from world import Campaign as World
@@ -135,17 +136,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
         for arm in given.arms:
             file = given.out / f"router-{arm}.jsonl"
-            lines = file.read_text().splitlines() if file.exists() else []
-            done = {(result["alpha"], result["task"], result["seed"]) for result in map(json.loads, lines)}
+            done = {(result["alpha"], result["task"], result["seed"]) for result in stored(file)}
             wanted = [(alpha, task.name, seed) for seed in range(given.seeds) for alpha in ALPHAS for task in TASKS]
-            jobs = [(arm, *each, given.turns) for each in wanted if each not in done]
-            with file.open("a") as stream:
-                for number, result in enumerate(pool.imap_unordered(measure, jobs), 1):
-                    stream.write(json.dumps(result, separators=(",", ":")) + "\n")
-                    stream.flush()
-                    print(f"\r{arm}: {number} of {len(jobs)} campaigns ", end="", file=sys.stderr, flush=True)
-            if jobs:
-                print(file=sys.stderr)
+            add(file, pool, measure, [(arm, *each, given.turns) for each in wanted if each not in done])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import ARMS, Arm, Replay, play
+from resumed import add, stored
 from tasks import TASKS
 from world import Campaign, table
 
@@ -68,8 +68,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
         for name in given.arms:
             file = RESULTS / f"{name}.jsonl"
-            lines = file.read_text().splitlines() if file.exists() else []
-            done = {(result["task"], result["seed"]) for result in map(json.loads, lines)}
+            done = {(result["task"], result["seed"]) for result in stored(file)}
             known = recorded() if name == COMBINED else None
             turns = min(given.turns, SLOW.get(name, given.turns))
             jobs = [
@@ -78,15 +77,7 @@ def main() -> None:
                 for seed in range(given.seeds)
                 if (task.name, seed) not in done and (known is None or (task.name, seed) in known)
             ]
-            started = time.monotonic()
-            with file.open("a") as stream:
-                for number, result in enumerate(pool.imap_unordered(measure, jobs), 1):
-                    stream.write(json.dumps(result, separators=(",", ":")) + "\n")
-                    stream.flush()
-                    left = (time.monotonic() - started) / number * (len(jobs) - number)
-                    print(f"\r{name}: {number} of {len(jobs)} campaigns, {left:.0f} s left ", end="", file=sys.stderr)
-            if jobs:
-                print(file=sys.stderr)
+            add(file, pool, measure, jobs)
 
 
 if __name__ == "__main__":

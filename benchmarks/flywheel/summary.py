@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 from numpy.typing import NDArray
+from resumed import stored
 from tasks import TASKS
 from world import table
 
@@ -53,8 +55,7 @@ def load() -> tuple[dict[str, Curves], dict[str, dict[str, float]]]:
     found: dict[str, dict[tuple[str, int], dict[str, object]]] = defaultdict(dict)
     for file in sorted((HERE / "results").glob("*.jsonl")):
         if not file.name.startswith(("within-", "router-")):
-            for line in file.read_text().splitlines():
-                result = json.loads(line)
+            for result in stored(file):
                 found[result["arm"]][result["task"], result["seed"]] = result
     curves, spent = {}, {}
     for arm, results in found.items():
@@ -154,16 +155,17 @@ def _ratio_line(one: str, other: str, mine: Curves, theirs: Curves) -> str:
 
 def _within() -> list[str]:
     """The campaigns of `within.py`: what a student learned from its own campaign, each arm beside the teacher."""
-    results = {arm: found for arm in WITHIN if (found := _lines(f"within-{arm}"))}
+    files = {arm: stored(HERE / "results" / f"within-{arm}.jsonl") for arm in WITHIN}
+    results = {arm: {(r["task"], r["seed"]): r for r in found} for arm, found in files.items() if found}
     if "teacher" not in results:
         return []
     lines = [
         "",
         "## Within a campaign",
         "",
-        "`within.py` says what the arms are; each is set beside the teacher on the",
+        "`within.py` says what the arms are; each is set beside the teacher on the campaigns that both played.",
+        "",
     ]
-    lines += ["campaigns that both played.", ""]
     lines += ["| arm | campaigns | at 10 | at 25 | area to 25 | teacher's area | duels |", "|" + "---|" * 7]
     ratios = []
     for arm, found in results.items():
@@ -176,64 +178,34 @@ def _within() -> list[str]:
         if arm != "teacher":
             ratios.append(_ratio_line(arm, "teacher", mine, theirs))
     lines += ["", "| | against | at 10 | area to 25 | at 50 | tasks won at 10 |", "|---|---|---|---|---|---|", *ratios]
-    contests = {arm: found for arm, found in results.items() if arm in ("routed", "inherited")}
-    lines += [
-        "",
-        "What the router made of it:",
-        "",
-        *ROUTER_HEAD,
-        *(_router_line(arm, contests[arm]) for arm in contests),
-    ]
-    return lines
+    contests = [_router_line(arm, results[arm].values()) for arm in ("routed", "inherited") if arm in results]
+    return [*lines, "", "What the router made of it:", "", *ROUTER_HEAD, *contests]
 
 
 def _router() -> list[str]:
     """The campaigns of `router.py`: contestants whose order is known."""
     lines = []
     for arm in ROUTER:
-        found = list(_lines(f"router-{arm}", "alpha").values())
-        for alpha in sorted({r["alpha"] for r in found}):
-            own = {(r["task"], r["seed"]): r for r in found if r["alpha"] == alpha}
+        found = stored(HERE / "results" / f"router-{arm}.jsonl")
+        for alpha in sorted({result["alpha"] for result in found}):
+            own = [result for result in found if result["alpha"] == alpha]
             lines.append(_router_line(f"{arm}, alpha {alpha:g}", own))
     if not lines:
         return []
-    return [
-        "",
-        "## The router",
-        "",
-        "Contestants whose order is known, on all twelve tables (`router.py`).",
-        "",
-        *ROUTER_HEAD,
-        *lines,
-    ]
+    about = "Contestants whose order is known, on all twelve tables (`router.py`)."
+    return ["", "## The router", "", about, "", *ROUTER_HEAD, *lines]
 
 
-def _router_line(name: str, found: dict[Any, dict[str, Any]]) -> str:
-    switches = [switch for result in found.values() for switch in result["switches"]]
-    cells: list[object] = [
-        len(found),
-        f"{np.mean([r['duels'] for r in found.values()]):.1f}" if _has_duels(found) else "",
-    ]
-    values = [r["e_value"] for r in found.values() if r.get("e_value") is not None]
+def _router_line(name: str, found: Collection[dict[str, Any]]) -> str:
+    duels = [result["duels"] for result in found if "duels" in result]
+    values = [result["e_value"] for result in found if result.get("e_value") is not None]
+    cells: list[object] = [len(found), f"{np.mean(duels):.1f}" if duels else ""]
     cells.append(f"{np.median(values):.2f} (up to {max(values):.1f})" if values else "")
+    switches = [switch for result in found for switch in result["switches"]]
     for kind in ("promotion", "rollback"):
         made = [s for s in switches if s["kind"] == kind and s["new"] is not None]
         cells += [len(made), sum(s["new"] > s["old"] for s in made)]
     return f"| {name} | " + " | ".join(map(str, cells)) + " |"
-
-
-def _has_duels(found: dict[Any, dict[str, Any]]) -> bool:
-    return all("duels" in result for result in found.values())
-
-
-def _lines(name: str, *more: str) -> dict[Any, dict[str, Any]]:
-    """The campaigns of a file, by task, seed and whatever else tells them apart."""
-    file = HERE / "results" / f"{name}.jsonl"
-    if not file.exists():
-        return {}
-    return {
-        (r["task"], r["seed"], *(r[each] for each in more)): r for r in map(json.loads, file.read_text().splitlines())
-    }
 
 
 def _beside(one: dict[Any, dict[str, Any]], other: dict[Any, dict[str, Any]]) -> tuple[Curves, Curves]:

@@ -1,6 +1,6 @@
 """Within a campaign: a student that is retrained as its campaign goes, against the model that it came from.
 
-    python -P benchmarks/flywheel/within.py [--arms NAME ...] [--seeds 10] [--turns 100] [--processes N]
+    python -P benchmarks/flywheel/within.py [--arms NAME ...] [--seeds 10] [--turns 50] [--processes N]
 
 Whole campaigns of the product (store, prompts, rails, decisions, distillations, duels, promotions) whose trials come
 from a table. Four tasks. The arms have the same starts and noise; the first three learn from their own campaign alone:
@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from resumed import add, stored
 from sqlalchemy import text
 from tasks import DOCS, TASKS
 from world import Campaign as World
@@ -178,7 +179,7 @@ def curve(store: SqlStore, world: World, turns: int) -> list[float]:
 
 
 def duelled(store: SqlStore) -> dict[str, Any]:
-    """Return how many duels were settled, and the last e-value in favour of who did not propose."""
+    """Return how many duels were settled, and the last e-value of a challenger, or of a predecessor on probation."""
     weighed = asked(store, "SELECT payload FROM events WHERE kind LIKE '%weighed' ORDER BY id DESC LIMIT 1")
     return {
         "duels": asked(store, "SELECT count(*) FROM duels WHERE settled_at > ''")[0][0],
@@ -248,21 +249,14 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(given.processes, maxtasksperchild=1) as pool:
         for arm in given.arms:
             file = given.out / f"within-{arm}.jsonl"
-            lines = file.read_text().splitlines() if file.exists() else []
-            done = {(result["task"], result["seed"]) for result in map(json.loads, lines)}
+            done = {(result["task"], result["seed"]) for result in stored(file)}
             jobs = [
                 (arm, task, seed, given.turns, student)
                 for seed in range(given.seeds)
                 for task in given.tasks
                 if (task, seed) not in done
             ]
-            with file.open("a") as stream:
-                for number, result in enumerate(pool.imap_unordered(measure, jobs), 1):
-                    stream.write(json.dumps(result, separators=(",", ":")) + "\n")
-                    stream.flush()
-                    print(f"\r{arm}: {number} of {len(jobs)} campaigns ", end="", file=sys.stderr, flush=True)
-            if jobs:
-                print(file=sys.stderr)
+            add(file, pool, measure, jobs)
 
 
 if __name__ == "__main__":
