@@ -8,6 +8,7 @@ nor LangGraph. The typed events are in `overnight.events`.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -127,6 +128,11 @@ _HOMES = {
     "trainer.protocol": "Trainer TrainerContext",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+# Python in a checkout's own folder finds this folder before the installed package: the rest of it lies beside.
+if not os.path.exists(os.path.join(__path__[0], "agent")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 
 def __getattr__(name: str) -> Any:

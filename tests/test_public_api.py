@@ -119,3 +119,12 @@ def test_a_users_strict_type_check_passes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_python_in_the_checkouts_own_folder_imports_the_whole_package() -> None:
+    root = Path(__file__).parents[1]
+    said = subprocess.run(
+        [sys.executable, "-c", "import overnight; print(overnight.optimize.__module__, overnight.__file__)"],
+        cwd=root, env={"PATH": ""}, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert said == ["overnight.agent.optimize", str(root / "overnight" / "__init__.py")]
