@@ -48,12 +48,15 @@ docs: install
 	$(BIN)/python -m sphinx -b html -E -W --keep-going -q -d build/doctrees docs build/site
 
 # What is missing in results/ is measured; students only where a GPU is.
+flywheel: WITHIN = $(BIN)/python -P benchmarks/flywheel/within.py
 flywheel: install
-	command -v nvidia-smi >/dev/null && for kind in python english records algebra; do \
-	  for objective in outcome clone shuffled; do \
+	if command -v nvidia-smi >/dev/null; then \
+	  for kind in python english records algebra; do for objective in outcome clone shuffled; do \
 	    $(BIN)/python -P benchmarks/flywheel/students.py --kind $$kind --objective $$objective --zero-shot || exit 1; \
-	  done; done || true
-	command -v nvidia-smi >/dev/null && $(BIN)/python -P benchmarks/flywheel/within.py || true
+	  done; done; \
+	  $(WITHIN) --arms retrained teacher --seeds 15 --turns 25 && $(WITHIN) --arms routed inherited taught || exit 1; \
+	fi
+	$(WITHIN) --arms uniform target --seeds 15 --turns 25
 	$(BIN)/python -P benchmarks/flywheel/run.py
 	$(BIN)/python -P benchmarks/flywheel/router.py
 	$(BIN)/python -P benchmarks/flywheel/summary.py

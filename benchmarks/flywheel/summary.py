@@ -40,7 +40,7 @@ CHECKS = (
 """Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
-WITHIN = ("teacher", "retrained", "routed", "inherited", "taught")
+WITHIN = ("teacher", "retrained", "routed", "inherited", "taught", "uniform", "target")
 ROUTER = ("better", "worse", "equal", "installed-worse", "installed-better")
 ROUTER_HEAD = (
     "| arm | campaigns | duels each | last e-value, median | promotions | right by the truth | rollbacks | right |",

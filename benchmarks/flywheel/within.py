@@ -10,6 +10,8 @@ from a table. Four tasks. The arms have the same starts and noise; the first thr
 `routed`     the product as it is: the teacher has the turn, the student duels it and is promoted on the evidence
 `inherited`  the same, but the student was taught on campaigns about other texts (`students.py` leaves its adapter)
 `taught`     that student proposes all turns
+`uniform`    no model: draws from the open changes
+`target`     no model: draws as the lessons of `retrained` would have its student draw
 
 Appends one JSON line a campaign to results/within-ARM.jsonl and skips what is there, so that a run that was stopped
 goes on. It also says, for each promotion and rollback, who really proposed better in the duels of the two: the mean of
@@ -22,6 +24,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
@@ -38,10 +41,14 @@ from world import Campaign as World
 from world import Table, table
 
 from overnight.agent.campaign import Campaign, parse_campaign
-from overnight.agent.proposers.protocol import Answer, Ask, Proposer, ProposerContext
+from overnight.agent.campaign_file import DistillSection
+from overnight.agent.proposers.protocol import Answer, Ask, Proposer, ProposerContext, change_key, reply_text
 from overnight.agent.proposers.registry import build_proposers
 from overnight.agent.proposers.student import StudentProposer
 from overnight.agent.run import cache_folder, open_runtime, run_campaign
+from overnight.distill.knowledge import Knowledge
+from overnight.distill.lessons import read_lessons
+from overnight.distill.objective import Objective
 from overnight.store.hashing import JsonValue
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
@@ -49,7 +56,8 @@ from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 RESULTS = Path(__file__).parent / "results"
 ADAPTERS = Path(__file__).parents[2] / "build" / "flywheel"
 """Where `students.py` leaves what it trained."""
-ARMS = ("teacher", "retrained", "routed", "inherited", "taught")
+ARMS = ("teacher", "retrained", "routed", "inherited", "taught", "uniform", "target")
+WITHOUT_MODEL = ("uniform", "target")
 CHOSEN = ("python-tokens", "english-steps", "records-bpe", "algebra-steps")
 """One task of each kind of text, every setting among them."""
 STUDENT = {"kind": "student", "base_model": "smollm2-135m", "mode": "score", "neighbours": False}
@@ -90,12 +98,48 @@ class Newest:
         self._student.close()
 
 
+class Drawn:
+    """Draws from the open changes: evenly, or with the settings of distilling by what the last lesson taught."""
+
+    name = "teacher"
+
+    def __init__(self, store: SqlStore, settings: DistillSection | None) -> None:
+        self._store, self._settings = store, settings
+
+    def propose(self, ask: Ask) -> Answer:
+        """See `Proposer.propose`."""
+        weights = self._lesson(ask) or [1 / len(ask.moves)] * len(ask.moves)
+        move = random.Random(ask.seed).choices(ask.moves, weights)[0]
+        chances = {change_key(each): weight for each, weight in zip(ask.moves, weights, strict=True)}
+        return Answer(reply=reply_text(move.knob, move.value, ""), latency_s=0.0, probabilities=chances)
+
+    def _lesson(self, ask: Ask) -> list[float] | None:
+        """Return what the newest distillation before this turn would teach of its open changes."""
+        state, of = self._store.campaign("c"), self._settings
+        if of is None or state is None:
+            return None
+        known_to = (ask.iteration - 1) // of.every * of.every - (of.holdout or 0)
+        lessons, _ = read_lessons(self._store, state.id, ask.menu, through=known_to)
+        if not lessons:
+            return None
+        knowledge = Knowledge(lessons, self._store.screening_sums(state.id, through=known_to), ask.menu)
+        objective = Objective(name="outcome", scale=knowledge.scale(of.temperature), floor=of.floor)
+        return objective.choice([knowledge.gain(ask.baseline, move) for move in ask.moves])
+
+    def describe(self) -> Mapping[str, JsonValue]:
+        """See `Proposer.describe`."""
+        return {"kind": "drawn"}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], folder: Path) -> Campaign:
     """Return the campaign file of a task, a start and an arm."""
     router: dict[str, Any] = {"champion": "teacher", "warmup": False, "explore": 0.0, "duel_share": 0.0}
     if arm == "taught":
         router["champion"] = "student"
-    elif arm != "teacher":
+    elif arm not in ("teacher", *WITHOUT_MODEL):
         router["challenger"] = "student"
     if arm in ("routed", "inherited"):
         router |= {"duel_share": 0.5, "max_latency_s": 60.0}
@@ -137,7 +181,9 @@ def measure(job: Job) -> dict[str, Any]:
         store = SqlStore.open(folder / "store.db", create=True)
         context = ProposerContext(campaign_dir=folder, cache_dir=cache_folder(), menu=of.menu)
         cast: dict[str, Proposer] = build_proposers(of.file.proposers, context)
-        if arm == "retrained":
+        if arm in WITHOUT_MODEL:
+            cast["teacher"] = Drawn(store, of.file.distill if arm == "target" else None)
+        elif arm == "retrained":
             teacher = cast["teacher"]
             assert isinstance(teacher, StudentProposer)
             cast["teacher"] = Newest(teacher, folder / "adapters" / "c")
