@@ -59,7 +59,8 @@ class LazyGroup(click.Group):
 def overnight() -> None:
     """Unattended campaigns of short training experiments that get better at choosing themselves.
 
-    A first run: `overnight run quickstart`, then `overnight sql "select * from iterations"`.
+    A first run: `overnight run quickstart`, then `overnight sql "select iteration, knob, new_value, outcome, gain from
+    iterations"`.
     """
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,8 +17,17 @@ from overnight.store.protocol import CampaignState
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.output import clean
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_DB = "overnight.db"
+PIPE_WIDTH = 200
+"""Of a table that goes into a file or a pipe, in characters."""
+FOLDED_WIDTH = 20
+"""Longer cells are folded in a table; one whose columns would have to be narrower than that is none."""
+GAP = 3
+"""Between two columns."""
 
 
 def db_option(function: F) -> F:
@@ -59,19 +68,43 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]], form: s
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from rich import box
+    """Print a row a line where that can be read, or else a value a line."""
     from rich.console import Console
+
+    if not rows:
+        click.echo("no rows")
+        return
+    names = [clean(column) for column in columns]
+    cells = [[_cell(value) for value in row] for row in rows]
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    widest = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    if sum(min(width, FOLDED_WIDTH) + GAP for width in widest) > console.width:
+        _print_records(console, names, cells)
+        return
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
-    for column, right in zip(columns, numeric, strict=True):
-        table.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(names))]
+    for name, right in zip(names, numeric, strict=True):
+        table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table)
+
+
+def _print_records(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    for number, row in enumerate(rows, 1):
+        record = Table.grid(padding=(0, 2))
+        for name, cell in zip(names, row, strict=True):
+            record.add_row(Text(name), Text(cell, overflow="fold"))
+        console.print(Text(f"row {number} of {len(rows)}", style="bold"))
+        console.print(record)
+        console.print()
 
 
 def _cell(value: object) -> str:

@@ -145,9 +145,8 @@ def _summary(store: SqlStore, name: str, db: str) -> None:
         )
     _holdout_line(store, state)
     where = "" if db == DEFAULT_DB else f" --db {shown_db(db)}"
-    click.echo(
-        f"See more: overnight sql{where} \"select * from iterations where campaign = '{name}' order by gain desc\""
-    )
+    question = "select iteration, knob, new_value, outcome, gain, trials from iterations"
+    click.echo(f"See more: overnight sql{where} \"{question} where campaign = '{name}' order by gain desc\"")
 
 
 def _holdout_line(store: SqlStore, state: CampaignState) -> None:

@@ -45,8 +45,11 @@ def status(campaign: str | None, db: str, form: str) -> None:
     if campaign and shown:
         for column, value in shown[0].items():
             say(f"{column:14} {value}")
+    elif not shown:
+        click.echo("no campaign yet; `overnight run quickstart` makes the first")
     else:
-        print_rows(SHORT, [[row.get(column) for column in SHORT] for row in shown], "table")
+        said = [column for column in SHORT if any(row.get(column) is not None for row in shown)]
+        print_rows(said, [[row.get(column) for column in said] for row in shown], "table")
 
 
 def status_row(store: SqlStore, name: str, db: str | None = None) -> list[object]:

@@ -126,6 +126,27 @@ def test_data_goes_alone_to_standard_output(tmp_path: Path, form: str) -> None:
     assert [str(row["iteration"]) for row in rows] == ["1", "2"]
 
 
+def test_rows_too_wide_for_a_table_are_printed_a_value_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 2})
+    overnight("run", "mine", cwd=tmp_path)
+    narrow = overnight("sql", "select iteration, knob from iterations", cwd=tmp_path).stdout
+    assert re.search(r"^ *iteration +knob", narrow, re.MULTILINE)
+    wide = overnight("sql", "select * from iterations", cwd=tmp_path).stdout
+    (row,) = json.loads(
+        overnight("sql", "select * from iterations where iteration = 2", "--format", "json", cwd=tmp_path).stdout
+    )
+    _, first, second = wide.split("row ")
+    assert first.startswith("1 of 2")
+    assert [line.split()[0] for line in second.splitlines()[1:] if line.strip()] == list(row)
+    assert re.search(f"^config_id +{row['config_id']} *$", second, re.MULTILINE)
+
+
+def test_no_rows_are_said_to_be_none(tmp_path: Path) -> None:
+    write(tmp_path / "mine", budget={"iterations": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    assert overnight("sql", "select * from iterations where 1 = 0", cwd=tmp_path).stdout == "no rows\n"
+
+
 BAD_INPUT: list[tuple[str, dict[str, Any] | str, str]] = [
     ("a missing key", {"campaign": {"name": None}}, r"campaign\.toml: `campaign\.name` is missing; add it"),
     ("an unknown key", {"budget": {"iteration": 2}}, r"campaign\.toml: `budget\.iteration` is not a key; did you mean"),

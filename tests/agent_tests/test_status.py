@@ -19,6 +19,7 @@ from overnight.agent.live import Limits, LiveFile, beside, read_live
 from overnight.agent.pace import End, in_words, next_end
 from overnight.store.lease import this_process
 from overnight.store.protocol import Spent
+from overnight.store.sql_store import SqlStore
 
 from .servers import wait_until
 from .test_cli import DEADLINE_S, overnight, started, write
@@ -62,6 +63,17 @@ def test_a_running_campaign_says_its_step_and_what_is_left_and_nothing_is_writte
         process.communicate(timeout=DEADLINE_S)
     assert not live.exists()
     assert row(tmp_path)["doing"] is None
+
+
+def test_status_of_all_campaigns_leaves_out_what_none_has(tmp_path: Path) -> None:
+    SqlStore.open(tmp_path / "overnight.db", create=True).close()
+    assert overnight("status", cwd=tmp_path).stdout.startswith("no campaign yet")
+    write(tmp_path / "mine", budget={"iterations": 1})
+    overnight("run", "mine", cwd=tmp_path)
+    header, _, line = overnight("status", cwd=tmp_path).stdout.split("\n")[1:4]
+    assert header.split()[:4] == ["campaign", "status", "turn", "turns"]
+    assert "doing" not in header
+    assert line.split()[:4] == ["c", "finished", "1", "1"]
 
 
 def test_a_killed_run_says_nothing_of_the_present(tmp_path: Path) -> None:
