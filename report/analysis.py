@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Noise:
     threshold: float
     """Smallest gain that is kept, in the metric's unit."""
     chance: float
-    """Probability that a change that does nothing is kept."""
+    """Probability that a change that does nothing is kept, at most."""
     explained: float
     """Keeps expected from noise alone over the measured attempts."""
 
@@ -275,11 +276,17 @@ class Analysis:
         if not sd or min_gain is None or self.baseline_metric is None:
             return None
         threshold = min_gain * abs(self.baseline_metric) if self.is_relative else min_gain
-        chance = _upper_tail(threshold / (sd * math.sqrt(2)))
         if decision.get("rule") == "confirmed":
-            chance = min(chance, float(decision.get("alpha", 0.01)))
+            chance = min(float(decision.get("alpha", 0.01)), self._confirmed_by_chance(min_gain, decision))
+        else:
+            chance = _upper_tail(threshold / (sd * math.sqrt(2)))
         measured = sum(turn.metric is not None for turn in self.turns)
         return Noise(sd, threshold, chance, chance * measured)
+
+    def _confirmed_by_chance(self, min_gain: float, decision: Mapping[str, Any]) -> float:
+        """Return the chance that noise alone reaches `min_gain` over all trials; 1 where no attempt had them all."""
+        errors = [turn.gain_se for turn in self.turns if turn.trials == decision.get("max_trials") and turn.gain_se]
+        return _upper_tail(min_gain / statistics.median(errors)) if errors else 1.0
 
     @cached_property
     def contradicted(self) -> Sequence[Replicated]:

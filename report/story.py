@@ -66,8 +66,8 @@ def _trust(found: Analysis) -> Iterator[str]:
     yield f"Noise: the same configuration run again scatters with a standard deviation of {noise.sd:.3g}{share}."
     if rule != "single_shot":
         yield (
-            f"Keeps were confirmed on paired seeds; by chance alone about {noise.explained:.1f} "
-            f"of the {kept} keeps would be expected."
+            f"Keeps were confirmed on paired seeds. If no change did anything, {_at_most(noise.explained)} would be "
+            f"expected; {kept} were kept."
         )
         return
     yield (
@@ -80,6 +80,10 @@ def _trust(found: Analysis) -> Iterator[str]:
             "So this search could hardly tell progress from noise: single runs were compared at a threshold that noise "
             "reaches. Confirming on paired seeds, or a larger threshold, would."
         )
+
+
+def _at_most(keeps: float) -> str:
+    return "no keep" if keeps < 0.05 else f"at most {keeps:.1f} keeps"
 
 
 def _luck(found: Analysis) -> Iterator[str]:

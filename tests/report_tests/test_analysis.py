@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from overnight.store.errors import InputError
 from overnight.store.sql_store import SqlStore
 from overnight.store.trajectory import import_trajectory
 
+from ..agent_tests.campaigns import campaign, run
 from ..store_tests.suite import Campaigner
 from ..store_tests.trajectories import as_bytes, attempt, header, random_history
 
@@ -53,6 +55,20 @@ def test_noise_says_how_many_keeps_it_explains(store: SqlStore) -> None:
     assert found.noise is not None
     z = 0.005 * 10.9 / (found.noise.sd * math.sqrt(2))
     assert found.noise.explained == pytest.approx(60 * (1 - statistics.NormalDist().cdf(z)))
+
+
+@pytest.mark.parametrize("min_gain", [0.0, 0.05])
+def test_confirmed_keeps_are_explained_by_alpha_and_by_the_threshold(
+    store: SqlStore, tmp_path: Path, min_gain: float
+) -> None:
+    run(campaign(tmp_path, decision={"min_gain": min_gain, "alpha": 0.05}), store)
+    found = analyse(store, "c")
+    assert found.noise is not None
+    errors = [turn.gain_se for turn in found.turns if turn.trials == 5 and turn.gain_se]
+    reached = 1 - statistics.NormalDist().cdf(min_gain / statistics.median(errors))
+    assert found.noise.chance == pytest.approx(min(0.05, reached))
+    said = "no keep would" if min_gain else "at most 0.5 keeps would"  # of ten turns
+    assert any(said in sentence for sentence in findings(found))
 
 
 def test_a_campaign_that_kept_nothing_says_so(store: SqlStore) -> None:
