@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from sqlalchemy import Connection, Select, and_, bindparam, delete, func, insert, select, update
@@ -34,6 +33,7 @@ from overnight.store.contests import (
 from overnight.store.hashing import JsonValue, canonical_json, digest
 from overnight.store.records import Config
 from overnight.store.sql_learning import AT_ONCE, screening_gains
+from overnight.store.sql_reads import SqlReads
 from overnight.store.tables import (
     AliasRow,
     AttemptRow,
@@ -88,19 +88,8 @@ def _contestant(row: Mapping[str, Any]) -> Contestant:
     return Contestant(row["id"], row["name"], row["kind"], json.loads(row["description"]))
 
 
-class SqlContestReads:
+class SqlContestReads(SqlReads):
     """Implements `ContestReader`."""
-
-    def _reading(self) -> AbstractContextManager[Connection]:
-        raise NotImplementedError
-
-    def _rows(self, query: Select[*tuple[Any, ...]], values: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        with self._reading() as connection:
-            return [dict(row) for row in connection.execute(query, values or {}).mappings()]
-
-    def _one(self, query: Select[*tuple[Any, ...]], values: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        rows = self._rows(query, values)
-        return rows[0] if rows else None
 
     def proposer_id(self, campaign_id: int, name: str, description: Mapping[str, JsonValue]) -> int | None:
         """Return the id of a proposer as it is configured, or None where the campaign does not know it."""

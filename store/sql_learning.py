@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from overnight.store.contests import adapter_version
 from overnight.store.hashing import canonical_json, text_digest
 from overnight.store.learning import Distillation, NewDistillation, ScreeningSums
 from overnight.store.protocol import Attempt
+from overnight.store.sql_reads import SqlReads
 from overnight.store.tables import (
     AliasRow,
     AttemptRow,
@@ -52,11 +52,8 @@ _CONTESTANTS = (
 _DISTILLATION = [getattr(DistillationRow, name) for name in Distillation.__slots__]
 
 
-class SqlLearningReads:
+class SqlLearningReads(SqlReads):
     """Implements `LearningReads`."""
-
-    def _reading(self) -> AbstractContextManager[Connection]:
-        raise NotImplementedError
 
     def teaching(self, campaign_id: int, *, through: int | None = None) -> Iterator[Attempt]:
         """Yield the attempts whose change was measured, harness failures apart, in the order of turns."""

@@ -7,16 +7,14 @@ compute what SQL can compute.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, collate, func, insert, literal_column, select, update
-from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy import Connection, Engine, bindparam, collate, func, insert, literal_column, select, update
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 
 from overnight.store import lease as leases
 from overnight.store.database import WRITE, fault_of, open_engine
@@ -31,12 +29,11 @@ from overnight.store.protocol import (
     PairTotal,
     Position,
     Spent,
-    SumOfSquares,
-    Trial,
 )
-from overnight.store.records import FailureClass, KnobValue, Split, Stage
+from overnight.store.records import FailureClass, KnobValue, Stage
 from overnight.store.sql_contests import SqlContestReads
 from overnight.store.sql_learning import AT_ONCE, SqlLearningReads
+from overnight.store.sql_trials import SqlTrialReads
 from overnight.store.tables import (
     INFORMATION,
     AttemptRow,
@@ -48,7 +45,6 @@ from overnight.store.tables import (
     PairTotalRow,
     PromptRow,
     ProposerRow,
-    TrialRow,
     utc_now,
 )
 from overnight.store.writer import SqlWriter
@@ -61,7 +57,6 @@ _ATTEMPTS = select(
         for name in Attempt.__slots__
     )
 ).join(ProposerRow, ProposerRow.id == AttemptRow.proposer_id)
-_TRIALS = select(*(getattr(TrialRow, name) for name in Trial.__slots__)).order_by(TrialRow.id)
 _PAIRS = select(*(getattr(PairTotalRow, name) for name in PairTotal.__slots__ if name != "failures")).where(
     PairTotalRow.campaign_id == bindparam("campaign"), PairTotalRow.knob == bindparam("of_knob")
 )
@@ -109,7 +104,7 @@ CONFIGS_KEPT = 64
 """Configurations kept in memory: they are content-addressed, so they never change."""
 
 
-class SqlStore(SqlLearningReads, SqlContestReads):
+class SqlStore(SqlTrialReads, SqlLearningReads, SqlContestReads):
     """Implements `TrajectoryStore`."""
 
     def __init__(self, engine: Engine) -> None:
@@ -212,7 +207,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
 
     def campaign(self, name: str) -> CampaignState | None:
         """Return a campaign by name."""
-        row = self._first(_STATES.where(CampaignRow.name == name))
+        row = self._one(_STATES.where(CampaignRow.name == name))
         return None if row is None else CampaignState(**{**row, "spec": json.loads(row["spec"])})
 
     def campaigns(self) -> Sequence[str]:
@@ -240,14 +235,14 @@ class SqlStore(SqlLearningReads, SqlContestReads):
 
     def attempt(self, attempt_id: int) -> Attempt:
         """Return an attempt by its id."""
-        row = self._first(_ATTEMPTS.where(AttemptRow.id == attempt_id))
+        row = self._one(_ATTEMPTS.where(AttemptRow.id == attempt_id))
         assert row is not None
         return Attempt(**row)
 
     def last_event(self, campaign_id: int, kind: str) -> tuple[str, Mapping[str, JsonValue]] | None:
         """Return when an event of this kind happened last, and what it said."""
         query = select(EventRow.at, EventRow.payload).where(EventRow.campaign_id == campaign_id, EventRow.kind == kind)
-        row = self._first(query.order_by(EventRow.id.desc()).limit(1))
+        row = self._one(query.order_by(EventRow.id.desc()).limit(1))
         return None if row is None else (row["at"], json.loads(row["payload"]))
 
     def attempts_of_turn(self, campaign_id: int, iteration: int) -> Sequence[Attempt]:
@@ -268,7 +263,7 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             .order_by(AttemptRow.iteration.desc(), AttemptRow.try_no.desc())
             .limit(limit)
         )
-        return [Attempt(**row) for row in self._all(query)]
+        return [Attempt(**row) for row in self._rows(query)]
 
     def config_of(self, config_id: str) -> dict[str, KnobValue]:
         """Return a stored configuration."""
@@ -299,52 +294,13 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             chunk = ids[start : start + AT_ONCE]
             # In no order: an order would let SQLite walk the whole campaign instead of looking each id up.
             query = _ATTEMPTS.where(AttemptRow.campaign_id == campaign_id, AttemptRow.config_id.in_(chunk), done)
-            for row in self._all(query):
+            for row in self._rows(query):
                 found[row["config_id"]] = Attempt(**row)
         return found
 
-    def trials_of(
-        self,
-        campaign_id: int,
-        config_id: str,
-        *,
-        trainer_hash: str,
-        environment_hash: str,
-        split: Split = "val",
-        seeds: range | None = None,
-    ) -> Sequence[Trial]:
-        """Return a configuration's trials in one environment, oldest first; on these consecutive seeds, or on all."""
-        query = _TRIALS.where(
-            TrialRow.campaign_id == campaign_id,
-            TrialRow.config_id == config_id,
-            TrialRow.trainer_hash == trainer_hash,
-            TrialRow.environment_hash == environment_hash,
-            TrialRow.split == split,
-        )
-        if seeds is not None:
-            query = query.where(TrialRow.seed.between(seeds[0], seeds[-1]))
-        return [Trial(**row) for row in self._all(query)]
-
-    def recent_trials(
-        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, count: int
-    ) -> Sequence[Trial]:
-        """Return the last trials that measured something in one environment, newest first: what trials cost here."""
-        query = _TRIALS.where(
-            TrialRow.campaign_id == campaign_id,
-            TrialRow.trainer_hash == trainer_hash,
-            TrialRow.environment_hash == environment_hash,
-            TrialRow.metric.is_not(None),
-        )
-        return [Trial(**row) for row in self._all(query.order_by(None).order_by(TrialRow.id.desc()).limit(count))]
-
-    def trials_of_attempt(self, attempt_id: int) -> Sequence[Trial]:
-        """Return the trials that an attempt paid for, oldest first."""
-        query = _TRIALS.where(TrialRow.attempt_id == attempt_id)
-        return [Trial(**row) for row in self._all(query)]
-
     def knob_totals(self, campaign_id: int) -> Sequence[KnobTotal]:
         """Return the running totals of every knob tried, with its most informative values."""
-        knobs = self._all(select(*_KNOB).where(KnobTotalRow.campaign_id == campaign_id))
+        knobs = self._rows(select(*_KNOB).where(KnobTotalRow.campaign_id == campaign_id))
         if not knobs:
             return []
         of = {"campaign": campaign_id}
@@ -388,76 +344,13 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             for row in connection.execute(query):
                 yield Measured(attempt_id=row.id, config=json.loads(row.body), metric=row.metric, failure=row.failure)
 
-    def seed_spread(self, campaign_id: int, *, trainer_hash: str, environment_hash: str) -> SumOfSquares:
-        """Return the trial noise over seeds from calibration runs in one environment."""
-        query = _TRIALS.where(
-            TrialRow.campaign_id == campaign_id,
-            TrialRow.purpose == "calibration",
-            TrialRow.trainer_hash == trainer_hash,
-            TrialRow.environment_hash == environment_hash,
-            TrialRow.metric.is_not(None),
-        )
-        # One good run of each seed: the repeat of the first would count its seed twice. Sorted here: in SQL the order
-        # would have all trials walked through for these few.
-        metrics: dict[str, dict[int | None, float]] = {}
-        for row in sorted(self._all(query.order_by(None)), key=itemgetter("id")):
-            metrics.setdefault(row["config_id"], {}).setdefault(row["seed"], row["metric"])
-        groups = [list(of.values()) for of in metrics.values()]
-        squares = [(metric - math.fsum(group) / len(group)) ** 2 for group in groups for metric in group]
-        return SumOfSquares(math.fsum(squares), sum(len(group) - 1 for group in groups))
-
-    def audit_spreads(
-        self, campaign_id: int, *, trainer_hash: str, environment_hash: str, since: int = 0
-    ) -> Mapping[int, SumOfSquares]:
-        """Return the noise of paired differences in each decided audit in one environment, by attempt, oldest first.
-
-        Every audit measures both sides on seeds that nothing else uses, so none of the differences is selected.
-        `since` leaves out the attempts up to that one.
-        """
-        base, candidate = TrialRow.__table__.alias("base"), TrialRow.__table__.alias("candidate")
-        query = (
-            select(
-                (base.c.metric - candidate.c.metric).label("difference"),
-                candidate.c.attempt_id.label("attempt_id"),
-            )
-            .select_from(AttemptRow)
-            .join(candidate, candidate.c.attempt_id == AttemptRow.id)
-            .join(
-                base,
-                (base.c.campaign_id == candidate.c.campaign_id)
-                & (base.c.config_id == AttemptRow.baseline_config_id)
-                & (base.c.trainer_hash == candidate.c.trainer_hash)
-                & (base.c.environment_hash == candidate.c.environment_hash)
-                & (base.c.split == candidate.c.split)
-                & (base.c.seed == candidate.c.seed)
-                & (base.c.purpose == "audit"),
-            )
-            .where(
-                AttemptRow.campaign_id == campaign_id,
-                AttemptRow.id > since,
-                AttemptRow.audit,
-                AttemptRow.stage == "decided",
-                candidate.c.purpose == "audit",
-                candidate.c.config_id == AttemptRow.config_id,
-                candidate.c.trainer_hash == trainer_hash,
-                candidate.c.environment_hash == environment_hash,
-                candidate.c.metric.is_not(None),
-                base.c.metric.is_not(None),
-            )
-            .subquery()
-        )
-        of, value = query.c.attempt_id, query.c.difference
-        squares = func.sum(value * value) - func.sum(value) * func.avg(value)
-        groups = select(of.label("of"), func.count(value).label("n"), squares.label("ss")).group_by(of).order_by(of)
-        return {row["of"]: SumOfSquares(max(row["ss"], 0.0), row["n"] - 1) for row in self._all(groups)}
-
     def spent(self, campaign_id: int) -> Spent:
         """Return what the campaign has used of its budget."""
         own = AttemptRow.campaign_id == campaign_id
         turns = select(func.max(AttemptRow.iteration)).where(own).scalar_subquery()
         keep = select(func.max(AttemptRow.iteration)).where(own, AttemptRow.outcome == "kept").scalar_subquery()
         costs = CampaignRow.trial_s, CampaignRow.trial_wh
-        row = self._all(select(turns.label("turns"), keep.label("keep"), *costs).where(CampaignRow.id == campaign_id))[
+        row = self._rows(select(turns.label("turns"), keep.label("keep"), *costs).where(CampaignRow.id == campaign_id))[
             0
         ]
         return Spent(
@@ -475,13 +368,13 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             .where(EventRow.campaign_id == campaign_id, EventRow.kind == "enqueued", ~answered)
             .order_by(EventRow.id)
         )
-        return [(row["id"], json.loads(row["payload"])) for row in self._all(query)]
+        return [(row["id"], json.loads(row["payload"])) for row in self._rows(query)]
 
     def pause_requested(self, campaign_id: int) -> bool:
         """Say whether somebody asked to pause since the run started."""
         kinds = ["pause_requested", "run_started"]
         query = select(EventRow.kind).where(EventRow.campaign_id == campaign_id, EventRow.kind.in_(kinds))
-        row = self._first(query.order_by(EventRow.id.desc()).limit(1))
+        row = self._one(query.order_by(EventRow.id.desc()).limit(1))
         return row is not None and row["kind"] == "pause_requested"
 
     def request(self, campaign_id: int, kind: str, payload: Mapping[str, JsonValue]) -> int:
@@ -491,23 +384,6 @@ class SqlStore(SqlLearningReads, SqlContestReads):
             return connection.execute(
                 select(func.max(EventRow.id)).where(EventRow.campaign_id == campaign_id)
             ).scalar_one()
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except DBAPIError as error:
-            raise fault_of(error, f"the database cannot be read: {error.orig}") from error
-
-    def _all(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
-        with self._reading() as connection:
-            return [dict(row._mapping) for row in connection.execute(query)]
-
-    def _first(self, query: Select[*tuple[Any, ...]]) -> dict[str, Any] | None:
-        with self._reading() as connection:
-            row: Row[Any] | None = connection.execute(query).first()
-            return None if row is None else dict(row._mapping)
 
 
 def _columns_of(spec: Mapping[str, Any]) -> dict[str, Any]:
