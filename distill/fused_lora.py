@@ -8,8 +8,7 @@ another: what the optimizer does is one pass. Torch is imported here: for the mo
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +24,8 @@ from overnight.store.errors import CampaignError
 Tensor = torch.Tensor
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that are given the same input."""
+BF16_PRODUCTS = ("avx512_bf16", "amx_bf16")
+"""What a CPU that multiplies bf16 faster than float32 is able to, by torch's names (benchmarks/lora.md)."""
 _BYTE = 256
 _SEEDS = 1 << 31
 
@@ -284,13 +285,14 @@ def _dropped(x: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None, 
 def fastest_products(model: Any) -> torch.dtype:
     """Return the fastest precision to train `model` in: its own on a GPU; on a CPU bf16 where it computes that.
 
-    Layers that are not adapted compute in the model's own precision, and need it of their inputs.
+    The same on one machine every time, however busy it is: what is learned depends on it. Layers that are not adapted
+    compute in the model's own precision, and need it of their inputs.
     """
     base: torch.dtype = model.dtype
     if base != torch.float32 or next(model.parameters()).device.type != "cpu" or not _all_adapted(model):
         return base
-    a, b = torch.randn(512, 512), torch.randn(512, 1024)
-    return torch.bfloat16 if _seconds(a.bfloat16(), b.bfloat16()) < _seconds(a, b) / 1.3 else base
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones of torch do not tell
+    return torch.bfloat16 if any(known.get(name) for name in BF16_PRODUCTS) else base
 
 
 def _all_adapted(model: Any) -> bool:
@@ -298,12 +300,3 @@ def _all_adapted(model: Any) -> bool:
     inside = {id(part) for module in adapted for part in module.modules()}
     linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
     return all(id(module) in inside for module in linear)
-
-
-def _seconds(a: Tensor, b: Tensor) -> float:
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -9,7 +9,7 @@ import torch
 from overnight.distill.base import BaseModel
 from overnight.distill.chat import ChatEncoder
 from overnight.distill.encoding import EncodedRow, encode_row
-from overnight.distill.fused_lora import FusedLora
+from overnight.distill.fused_lora import FusedLora, fastest_products
 from overnight.distill.lora import LoraTraining, batches, schedule
 from overnight.distill.model import Loaded, load_base
 from overnight.distill.recipe import LoraRecipe
@@ -306,6 +306,13 @@ def test_layers_that_are_not_adapted_train_in_their_own_precision(tiny):
     one = LoraTraining(tiny.model, name, recipe, most_tokens=WHOLE)
     assert one._dtype == torch.float32
     one.run(encoded(tiny, lessons.clone_rows(1)))
+
+
+def test_the_precision_follows_from_the_processor_alone(tiny, monkeypatch):
+    AdapterShelf(tiny).fresh(LoraRecipe())
+    for able, wanted in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert fastest_products(tiny.model) == wanted
 
 
 def test_bf16_products_come_near_the_gradients_of_float32(tiny):
