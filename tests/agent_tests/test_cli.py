@@ -21,6 +21,8 @@ import psutil
 import pytest
 import tomlkit
 
+from overnight.store.sql_store import SqlStore
+
 from .campaigns import data
 
 DEADLINE_S = 60.0
@@ -142,8 +144,7 @@ def test_rows_too_wide_for_a_table_are_printed_a_value_a_line(tmp_path: Path) ->
 
 
 def test_no_rows_are_said_to_be_none(tmp_path: Path) -> None:
-    write(tmp_path / "mine", budget={"iterations": 1})
-    overnight("run", "mine", cwd=tmp_path)
+    SqlStore.open(tmp_path / "overnight.db", create=True).close()
     assert overnight("sql", "select * from iterations where 1 = 0", cwd=tmp_path).stdout == "no rows\n"
 
 
