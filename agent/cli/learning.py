@@ -14,7 +14,7 @@ from rich.live import Live
 from overnight.agent import events
 from overnight.agent.campaign import Campaign, load_campaign, renamed
 from overnight.agent.cli.learning_lines import describe_learning, distill_bar, distill_line
-from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows, say
+from overnight.agent.cli.options import campaign_in, db_option, format_option, print_record, print_rows
 from overnight.agent.cli.permission import allow_option, permitted
 from overnight.agent.events import Hooks
 from overnight.agent.runtime import Runtime
@@ -70,8 +70,7 @@ def _print(row: Mapping[str, JsonValue], form: str) -> None:
     if form != "table":
         print_rows(list(row), [list(row.values())], form)
         return
-    for name, value in row.items():
-        say(f"{name:18} {_cell(value)}")
+    print_record((name, _cell(value)) for name, value in row.items())
 
 
 def _cell(value: JsonValue) -> str:

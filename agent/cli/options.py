@@ -6,7 +6,7 @@ import csv
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,17 +69,19 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]], form: s
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a row a line where that can be read, or else a value a line."""
-    from rich.console import Console
-
     if not rows:
         click.echo("no rows")
         return
     names = [clean(column) for column in columns]
     cells = [[_cell(value) for value in row] for row in rows]
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = _console()
     widest = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     if sum(min(width, FOLDED_WIDTH) + GAP for width in widest) > console.width:
-        _print_records(console, names, cells)
+        for number, row in enumerate(cells, 1):
+            if len(cells) > 1:
+                click.secho(f"row {number} of {len(cells)}", bold=True)
+            print_record(zip(names, row, strict=True))
+            click.echo()
         return
     from rich import box
     from rich.table import Table
@@ -94,17 +96,25 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> No
     console.print(table)
 
 
-def _print_records(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_record(fields: Iterable[tuple[str, object]]) -> None:
+    """Print names and values, a pair a line; a join may have one name twice."""
     from rich.table import Table
     from rich.text import Text
 
-    for number, row in enumerate(rows, 1):
-        record = Table.grid(padding=(0, 2))
-        for name, cell in zip(names, row, strict=True):
-            record.add_row(Text(name), Text(cell, overflow="fold"))
-        console.print(Text(f"row {number} of {len(rows)}", style="bold"))
+    record = Table.grid(padding=(0, 2))
+    for name, value in fields:
+        record.add_row(Text(clean(name)), Text(_cell(value), overflow="fold"))
+    console = _console()
+    with console.capture() as printed:
         console.print(record)
-        console.print()
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def _cell(value: object) -> str:

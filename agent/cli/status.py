@@ -8,7 +8,7 @@ import click
 
 from overnight.agent.cli.contest_lines import COLUMNS, contest_columns
 from overnight.agent.cli.learning_lines import learning_state
-from overnight.agent.cli.options import campaign_in, db_option, format_option, print_rows, say
+from overnight.agent.cli.options import campaign_in, db_option, format_option, print_record, print_rows
 from overnight.agent.live import Live, live_file, read_live
 from overnight.agent.pace import End, in_words, next_end
 from overnight.store import clock
@@ -43,8 +43,7 @@ def status(campaign: str | None, db: str, form: str) -> None:
         return
     shown = [_for_people(dict(zip(STATUS_COLUMNS, row, strict=True))) for row in rows]
     if campaign and shown:
-        for column, value in shown[0].items():
-            say(f"{column:14} {value}")
+        print_record(shown[0].items())
     elif not shown:
         click.echo("no campaign yet; `overnight run quickstart` makes the first")
     else:

@@ -22,11 +22,10 @@ import argparse
 import math
 import multiprocessing
 import os
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from arms import others_standing
 from resumed import add, stored
 from tasks import TASKS
-from within import RESULTS, campaign_on, duelled, switches
+from within import RESULTS, Drawn, campaign_on, duelled, switches
 from world import Campaign as World
-from world import table
+from world import Table, table
 
-from overnight.agent.proposers.protocol import Answer, Ask, Proposer, change_key, reply_text
+from overnight.agent.proposers.protocol import Ask, Proposer
 from overnight.agent.run import open_runtime, run_campaign
 from overnight.agent.switching import by_hand
-from overnight.store.hashing import JsonValue
 from overnight.store.sql_store import SqlStore
 from overnight.trainer.scripted import ScriptedSettings, ScriptedTrainer
 
@@ -60,31 +58,17 @@ TEMPERATURE = 0.1
 """Of `knowing`, in standard deviations of the other tables."""
 
 
-class Drawn:
-    """Draws a change, uniformly or by the other tables."""
+class Knowing(Drawn):
+    """Draws by the other tables."""
 
-    def __init__(self, name: str, world: World) -> None:
-        self.name = name
-        self._table = world.table
-        self._standing = others_standing(world.table) if name == "knowing" else None
+    def __init__(self, name: str, table: Table) -> None:
+        super().__init__(name)
+        self._table, self._standing = table, others_standing(table)
 
-    def propose(self, ask: Ask) -> Answer:
-        """See `Proposer.propose`."""
-        weights = [self._weight({**ask.baseline, move.knob: move.value}) for move in ask.moves]
-        total = math.fsum(weights)
-        move = random.Random(f"{self.name}/{ask.seed}").choices(ask.moves, weights)[0]
-        chances = {change_key(each): weight / total for each, weight in zip(ask.moves, weights, strict=True)}
-        return Answer(reply=reply_text(move.knob, move.value, ""), latency_s=0.0, probabilities=chances)
-
-    def _weight(self, config: Mapping[str, object]) -> float:
-        return 1.0 if self._standing is None else math.exp(-self._standing[self._table.index_of(config)] / TEMPERATURE)
-
-    def describe(self) -> Mapping[str, JsonValue]:
-        """See `Proposer.describe`."""
-        return {"kind": self.name}
-
-    def close(self) -> None:
-        """Nothing is held."""
+    def weights(self, ask: Ask) -> Sequence[float]:
+        """Return the weight of each open change by where its configuration stands on the other tables."""
+        places = (self._table.index_of({**ask.baseline, move.knob: move.value}) for move in ask.moves)
+        return [math.exp(-self._standing[place] / TEMPERATURE) for place in places]
 
 
 def measure(job: tuple[str, float, str, int, int]) -> dict[str, Any]:
@@ -99,7 +83,9 @@ def measure(job: tuple[str, float, str, int, int]) -> dict[str, Any]:
         of = campaign_on(
             world, turns, Path(temporary), proposers={name: {"kind": "random"} for name in names}, router=router
         )
-        cast: dict[str, Proposer] = {name: Drawn(name, world) for name in names}
+        cast: dict[str, Proposer] = {
+            name: Knowing(name, world.table) if name == "knowing" else Drawn(name) for name in names
+        }
         store = SqlStore.open(Path(temporary) / "store.db", create=True)
         trainer = ScriptedTrainer(ScriptedSettings(holdout=False), fn=world.measure)
         runtime = open_runtime(of, store, trainer=trainer, proposers=cast)

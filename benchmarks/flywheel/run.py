@@ -9,7 +9,6 @@ Appends one JSON line a campaign to results/ARM.jsonl and skips what is there, s
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -39,8 +38,7 @@ def recorded() -> dict[tuple[str, int], list[int]]:
     """What the greedy student proposed, by task and seed."""
     found = {}
     for file in sorted(RESULTS.glob("students-*.jsonl")):
-        for line in file.read_text().splitlines():
-            result = json.loads(line)
+        for result in stored(file):
             if result["arm"] == STUDENT:
                 found[result["task"], result["seed"]] = result["configs"]
     return found

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from arms import Proposal, applied, play
 from lessons import prompt_of, taught
+from resumed import stored
 from tasks import KINDS, TASKS
 from world import Campaign, table
 
@@ -112,9 +113,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"students-{given.kind}.jsonl"
-    done = set()
-    if file.exists():
-        done = {(r["arm"], r["task"], r["seed"]) for r in map(json.loads, file.read_text().splitlines())}
+    done = {(result["arm"], result["task"], result["seed"]) for result in stored(file)}
     base = find_base(given.base, Path.cwd())
     loaded = load_base(base, cache_dir=cache_folder(), device=pick_device(given.device))
     encoder = ChatEncoder(loaded.tokenizer)

@@ -19,6 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
+import router
+import within
 from numpy.typing import NDArray
 from resumed import stored
 from tasks import TASKS
@@ -40,8 +42,6 @@ CHECKS = (
 """Two copies of chance should not differ; who reads the table should win; shuffled lessons should teach nothing."""
 Curves = NDArray[np.float64]
 """(tasks, seeds, proposals)"""
-WITHIN = ("teacher", "retrained", "routed", "inherited", "taught", "uniform", "target")
-ROUTER = ("better", "worse", "equal", "installed-worse", "installed-better")
 ROUTER_HEAD = (
     "| arm | campaigns | duels each | last e-value, median | promotions | right by the truth | rollbacks | right |",
     "|" + "---|" * 8,
@@ -155,7 +155,7 @@ def _ratio_line(one: str, other: str, mine: Curves, theirs: Curves) -> str:
 
 def _within() -> list[str]:
     """The campaigns of `within.py`: what a student learned from its own campaign, each arm beside the teacher."""
-    files = {arm: stored(HERE / "results" / f"within-{arm}.jsonl") for arm in WITHIN}
+    files = {arm: stored(HERE / "results" / f"within-{arm}.jsonl") for arm in within.ARMS}
     results = {arm: {(r["task"], r["seed"]): r for r in found} for arm, found in files.items() if found}
     if "teacher" not in results:
         return []
@@ -185,7 +185,7 @@ def _within() -> list[str]:
 def _router() -> list[str]:
     """The campaigns of `router.py`: contestants whose order is known."""
     lines = []
-    for arm in ROUTER:
+    for arm in router.ARMS:
         found = stored(HERE / "results" / f"router-{arm}.jsonl")
         for alpha in sorted({result["alpha"] for result in found}):
             own = [result for result in found if result["alpha"] == alpha]

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ RESULTS = Path(__file__).parent / "results"
 ADAPTERS = Path(__file__).parents[2] / "build" / "flywheel"
 """Where `students.py` leaves what it trained."""
 ARMS = ("teacher", "retrained", "routed", "inherited", "taught", "uniform", "target")
-WITHOUT_MODEL = ("uniform", "target")
 CHOSEN = ("python-tokens", "english-steps", "records-bpe", "algebra-steps")
 """One task of each kind of text, every setting among them."""
 STUDENT = {"kind": "student", "base_model": "smollm2-135m", "mode": "score", "neighbours": False}
@@ -99,39 +99,49 @@ class Newest:
 
 
 class Drawn:
-    """Draws from the open changes: evenly, or with the settings of distilling by what the last lesson taught."""
+    """Proposes without a model: draws a change by its weight, which is the same for all."""
 
-    name = "teacher"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __init__(self, store: SqlStore, settings: DistillSection | None) -> None:
-        self._store, self._settings = store, settings
+    def weights(self, ask: Ask) -> Sequence[float]:
+        """Return the weight of each open change."""
+        return [1.0] * len(ask.moves)
 
     def propose(self, ask: Ask) -> Answer:
         """See `Proposer.propose`."""
-        weights = self._lesson(ask) or [1 / len(ask.moves)] * len(ask.moves)
-        move = random.Random(ask.seed).choices(ask.moves, weights)[0]
-        chances = {change_key(each): weight for each, weight in zip(ask.moves, weights, strict=True)}
+        weights = self.weights(ask)
+        total = math.fsum(weights)
+        move = random.Random(f"{self.name}/{ask.seed}").choices(ask.moves, weights)[0]
+        chances = {change_key(each): weight / total for each, weight in zip(ask.moves, weights, strict=True)}
         return Answer(reply=reply_text(move.knob, move.value, ""), latency_s=0.0, probabilities=chances)
-
-    def _lesson(self, ask: Ask) -> list[float] | None:
-        """Return what the newest distillation before this turn would teach of its open changes."""
-        state, of = self._store.campaign("c"), self._settings
-        if of is None or state is None:
-            return None
-        known_to = (ask.iteration - 1) // of.every * of.every - (of.holdout or 0)
-        lessons, _ = read_lessons(self._store, state.id, ask.menu, through=known_to)
-        if not lessons:
-            return None
-        knowledge = Knowledge(lessons, self._store.screening_sums(state.id, through=known_to), ask.menu)
-        objective = Objective(name="outcome", scale=knowledge.scale(of.temperature), floor=of.floor)
-        return objective.choice([knowledge.gain(ask.baseline, move) for move in ask.moves])
 
     def describe(self) -> Mapping[str, JsonValue]:
         """See `Proposer.describe`."""
-        return {"kind": "drawn"}
+        return {"kind": self.name}
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class Target(Drawn):
+    """Draws as the newest distillation would have its student draw; evenly before the first."""
+
+    def __init__(self, name: str, store: SqlStore, settings: DistillSection) -> None:
+        super().__init__(name)
+        self._store, self._settings = store, settings
+
+    def weights(self, ask: Ask) -> Sequence[float]:
+        """Return what was taught of each open change."""
+        state, of = self._store.campaign("c"), self._settings
+        assert state is not None
+        known_to = (ask.iteration - 1) // of.every * of.every - (of.holdout or 0)
+        lessons, _ = read_lessons(self._store, state.id, ask.menu, through=known_to)
+        if not lessons:
+            return super().weights(ask)
+        knowledge = Knowledge(lessons, self._store.screening_sums(state.id, through=known_to), ask.menu)
+        objective = Objective(name="outcome", scale=knowledge.scale(of.temperature), floor=of.floor)
+        return objective.choice([knowledge.gain(ask.baseline, move) for move in ask.moves])
 
 
 def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], folder: Path) -> Campaign:
@@ -139,7 +149,7 @@ def campaign_of(world: World, arm: str, turns: int, student: Mapping[str, Any], 
     router: dict[str, Any] = {"champion": "teacher", "warmup": False, "explore": 0.0, "duel_share": 0.0}
     if arm == "taught":
         router["champion"] = "student"
-    elif arm not in ("teacher", *WITHOUT_MODEL):
+    elif arm not in ("teacher", "uniform", "target"):
         router["challenger"] = "student"
     if arm in ("routed", "inherited"):
         router |= {"duel_share": 0.5, "max_latency_s": 60.0}
@@ -181,8 +191,10 @@ def measure(job: Job) -> dict[str, Any]:
         store = SqlStore.open(folder / "store.db", create=True)
         context = ProposerContext(campaign_dir=folder, cache_dir=cache_folder(), menu=of.menu)
         cast: dict[str, Proposer] = build_proposers(of.file.proposers, context)
-        if arm in WITHOUT_MODEL:
-            cast["teacher"] = Drawn(store, of.file.distill if arm == "target" else None)
+        if arm == "uniform":
+            cast["teacher"] = Drawn("teacher")
+        elif arm == "target":
+            cast["teacher"] = Target("teacher", store, of.file.distill)
         elif arm == "retrained":
             teacher = cast["teacher"]
             assert isinstance(teacher, StudentProposer)

@@ -133,6 +133,8 @@ def test_rows_too_wide_for_a_table_are_printed_a_value_a_line(tmp_path: Path) ->
     overnight("run", "mine", cwd=tmp_path)
     narrow = overnight("sql", "select iteration, knob from iterations", cwd=tmp_path).stdout
     assert re.search(r"^ *iteration +knob", narrow, re.MULTILINE)
+    joined = "select * from iterations a join iterations b on a.iteration = b.iteration where a.iteration = 1"
+    assert len(re.findall("^iteration +1 *$", overnight("sql", joined, cwd=tmp_path).stdout, re.MULTILINE)) == 2
     wide = overnight("sql", "select * from iterations", cwd=tmp_path).stdout
     (row,) = json.loads(
         overnight("sql", "select * from iterations where iteration = 2", "--format", "json", cwd=tmp_path).stdout
